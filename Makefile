@@ -1,0 +1,74 @@
+# Everything runs in .venv, which is made on first use and again when the lock changes.
+#   make demo | test | check …        ARGS="…" goes to the program, ROUNDS=n to `make crash`
+
+PYTHON3 ?= python3
+ROUNDS ?= 20
+ARGS ?=
+
+PYTHON := .venv/bin/python
+READY := .venv/.ready
+UV := $(shell command -v uv 2>/dev/null)
+SOURCES := celery_jetstream tests $(wildcard examples benchmarks)
+
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+.PHONY: help demo test check lint types imports crash bench format lock clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+
+demo: $(READY) ## two apps, a bridge and real webhooks, with nothing to install or start
+	@$(PYTHON) -m examples.demo $(ARGS)
+
+test: $(READY) ## unit, integration and short crash tests; ARGS="-k name"
+	@$(PYTHON) -m pytest $(ARGS)
+
+check: lint types imports test ## what must be green before a commit
+
+lint: $(READY) ## style and spelling
+	@$(PYTHON) -m ruff check --quiet $(SOURCES)
+	@$(PYTHON) -m ruff format --check --quiet $(SOURCES) || { echo "lint: run 'make format'"; exit 1; }
+	@.venv/bin/codespell $(SOURCES) $(wildcard *.md docs)
+
+types: $(READY) ## mypy, strict
+	@$(PYTHON) -m mypy --no-error-summary
+
+imports: $(READY) ## imports point down, pure modules do no I/O
+	@.venv/bin/lint-imports --no-logo > .venv/imports.log 2>&1 || { cat .venv/imports.log; exit 1; }
+
+crash: $(READY) ## the crash tests, ROUNDS times each
+	@$(PYTHON) -m pytest tests/crash --rounds=$(ROUNDS) --timeout=0 $(ARGS)
+
+bench: $(READY) ## figures: drain rate, publish rate
+	@$(PYTHON) benchmarks/run.py $(ARGS)
+
+format: $(READY) ## write the code as ruff wants it
+	@$(PYTHON) -m ruff check --fix --quiet $(SOURCES) || true
+	@$(PYTHON) -m ruff format --quiet $(SOURCES)
+
+lock: $(READY) ## requirements.lock anew; ARGS="--upgrade" for the newest
+	@$(if $(UV),,$(PYTHON) -m pip install --quiet uv)
+	@$(or $(UV),.venv/bin/uv) pip compile pyproject.toml --quiet --universal --python-version 3.10 \
+		--all-extras --generate-hashes --custom-compile-command "make lock" \
+		--output-file requirements.lock $(ARGS)
+
+clean: ## what was built and installed here
+	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	@find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+		echo "Python 3.10 or newer is needed; $(PYTHON3) is" \
+			"$$($(PYTHON3) --version 2>/dev/null || echo not there)."; \
+		echo "Name another one: make PYTHON3=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; } >&2
+	@echo "setting up .venv …"
+	@$(PYTHON) -c '' 2>/dev/null || $(if $(UV),$(UV) venv --quiet --clear --no-python-downloads --python $(PYTHON3) .venv,$(PYTHON3) -m venv --clear .venv)
+ifneq ($(UV),)
+	@$(UV) pip install --quiet --python $(PYTHON) --require-hashes -r requirements.lock
+	@$(UV) pip install --quiet --python $(PYTHON) --no-deps --no-build-isolation -e .
+else
+	@$(PYTHON) -m pip --version > /dev/null 2>&1 || $(PYTHON) -m ensurepip > /dev/null
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+endif
+	@touch $@
