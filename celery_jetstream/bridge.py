@@ -1,0 +1,344 @@
+"""The bridge: every JetStream message becomes one task message in the Celery broker.
+
+Three threads, one job each. The connection's *loop thread* takes messages in, keeps what no
+worker has claimed in progress, and listens to the workers' claims and settlements. The
+*dispatcher thread* talks to the Celery broker, which may block
+(:mod:`~celery_jetstream.dispatcher`). The *main thread* waits for the end. What is where is
+:class:`~celery_jetstream.inflight.InFlight`'s business; the bridge holds no message that
+JetStream does not hold as well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Iterable
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from nats.aio.msg import Msg
+
+from . import signals
+from .connection import Session
+from .consumer import Pull, is_claim, keep_in_progress
+from .deadletter import Original, fetch_original
+from .delivery import Delivery
+from .dispatcher import Dispatcher
+from .exceptions import ConfigurationError, NotConnectedError
+from .inflight import Flight, InFlight
+from .settlement import Nak
+
+__all__ = ("Bridge",)
+
+logger = logging.getLogger(__name__)
+
+#: Messages that one batch of the Celery producer may have (Redis pipelines them).
+DISPATCH_BATCH = 100
+BROKER_PAUSE = (0.5, 5.0)
+#: Seconds that the end may take: handing back, the last confirmations, the connection.
+STOP_TIMEOUT = 5.0
+
+
+class Bridge:
+    """Runs until told to stop. One per process.
+
+    Args:
+        jetstream: the app's :class:`~celery_jetstream.extension.JetStream`.
+        max_messages: stop after so many messages were dispatched; None for no end.
+        once: stop when the stream has no more for us.
+
+    Raises:
+        ConfigurationError: there is no handler, or two for one pattern.
+    """
+
+    def __init__(
+        self, jetstream: Any, *, max_messages: int | None = None, once: bool = False
+    ) -> None:
+        self.app = jetstream.app
+        self.jetstream = jetstream
+        self.config = config = jetstream.config
+        self.handlers = jetstream.check()
+        if not self.handlers:
+            raise ConfigurationError(
+                "no @jetstream_handler is known to this app: import the modules that define "
+                "them (include=, imports or autodiscover_tasks), or the bridge would turn every "
+                "message into a dead letter"
+            )
+        self.dispatched = 0
+        self._dispatcher = Dispatcher(self.app, config, self.handlers)
+        self._max_messages = max_messages
+        self._once = once
+        self._flights = InFlight(
+            capacity=config.max_ack_pending, lease=config.lease, grace=config.ack_wait
+        )
+        self._lock = threading.Lock()
+        self._work = threading.Event()
+        self._told: SimpleQueue[None] = SimpleQueue()
+        self._stop = threading.Event()
+        self._pull: Pull | None = None
+        self._broker_down = False
+        self._stalled: set[str] = set()
+        self._taken = 0
+
+    # -- main thread -----------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Bridges until :meth:`stop`; then hands back what is not dispatched and returns.
+
+        Raises:
+            NotConnectedError: no NATS server at start.
+            TopologyError: the stream or consumer cannot be had.
+        """
+        connection = self.jetstream.connection
+        self.jetstream.connect()
+        connection.on_session(self._listen)
+        connection.run(self._start)
+        dispatcher = threading.Thread(target=self._dispatch, name="jetstream-bridge", daemon=True)
+        dispatcher.start()
+        logger.info("bridge is ready: %s", self.config.consume_subject)
+        signals.bridge_ready.send(sender=self.jetstream, bridge=self)
+        self._wait()
+        self._end(dispatcher)
+
+    def stop(self) -> None:
+        """Ends :meth:`run`; may be called by a signal handler and from any thread."""
+        self._told.put(None)  # reentrant, unlike an Event
+
+    def _wait(self) -> None:
+        bounded = self._once or self._max_messages is not None
+        while not (bounded and self._finished()):
+            with contextlib.suppress(Empty):
+                self._told.get(timeout=0.1 if bounded else None)
+                return
+
+    def _finished(self) -> bool:
+        """With ``once`` or ``max_messages``: whether all is dispatched and with the workers."""
+        with self._lock:
+            left = len(self._flights)
+        if self._max_messages is not None and self.dispatched >= self._max_messages:
+            return left == 0
+        return self._once and left == 0 and self._pull is not None and self._pull.idle
+
+    def _end(self, dispatcher: threading.Thread) -> None:
+        signals.bridge_shutting_down.send(sender=self.jetstream, bridge=self)
+        self._stop.set()
+        self._work.set()
+        deadline = time.monotonic() + STOP_TIMEOUT
+        with contextlib.suppress(NotConnectedError):
+            self.jetstream.connection.run(self._stop_pulling, timeout=STOP_TIMEOUT / 2)
+        dispatcher.join(max(0.1, (deadline - time.monotonic()) / 2))
+        with contextlib.suppress(NotConnectedError):
+            self.jetstream.connection.run(self._hand_back, timeout=STOP_TIMEOUT / 2)
+        self.jetstream.close(timeout=max(0.5, deadline - time.monotonic()))
+        logger.info("bridge has stopped")
+
+    # -- loop thread: in, keepalive, claims --------------------------------------------------------
+
+    async def _start(self) -> None:
+        config = self.config
+        await self._listen(await self.jetstream.connection.session())
+        self._pull = Pull(
+            self.jetstream.connection,
+            config.stream_name,
+            config.durable,
+            room=self._room,
+            on_message=self._arrive,
+            on_missing=self.jetstream.ensure_topology,
+            batch=config.batch_size,
+        )
+        self._tasks = [
+            asyncio.get_running_loop().create_task(self._pull.run()),
+            asyncio.get_running_loop().create_task(self._keep()),
+        ]
+
+    def _room(self) -> int:
+        if self._stop.is_set() or self._broker_down:
+            return 0
+        room = self._flights.room
+        if self._max_messages is not None:
+            room = min(room, self._max_messages - self._taken)
+        return room
+
+    def _arrive(self, message: Msg) -> None:
+        delivery = Delivery.from_reply(message.reply, message.headers)
+        self._taken += 1
+        with self._lock:
+            self._flights.arrive(delivery, message.subject, message.data)
+        self._work.set()
+
+    async def _listen(self, session: Session) -> None:
+        """Hears what workers (and other bridges) say about this consumer's messages."""
+        subject = f"$JS.ACK.{self.config.stream_name}.{self.config.durable}.>"
+        await session.client.subscribe(subject, cb=self._hear)
+
+    async def _hear(self, message: Msg) -> None:
+        with contextlib.suppress(ValueError):
+            delivery = Delivery.from_reply(message.subject)
+            in_progress = message.data.startswith(b"+WPI")
+            if in_progress and not is_claim(message):
+                return
+            with self._lock:
+                if message.data.startswith(b"-NAK"):
+                    changed = self._flights.handed_back(delivery.sequence, delivery.num_delivered)
+                else:
+                    changed = self._flights.leave(delivery.sequence)
+            if changed:
+                self._made_room()
+
+    def _made_room(self) -> None:
+        self._work.set()
+        if self._pull is not None:
+            self._pull.more()
+
+    async def _keep(self) -> None:
+        """Every ``ack_wait / 3``: all that no worker has claimed stays in progress."""
+        while True:
+            await asyncio.sleep(self.config.ack_wait / 3)
+            with self._lock:
+                replies = self._flights.replies
+            try:
+                session = await self.jetstream.connection.session(timeout=1)
+                await keep_in_progress(session, replies)
+            except NotConnectedError:
+                pass  # said by the connection
+            except Exception:
+                logger.exception("keeping messages in progress failed; trying on")
+
+    async def _stop_pulling(self) -> None:
+        """The interest goes first, on the same connection, so that nothing comes back to us."""
+        if self._pull is not None:
+            await self._pull.stop()
+
+    async def _hand_back(self) -> None:
+        """What is not dispatched comes again at once; the rest has one last ``ack_wait``."""
+        with self._lock:
+            waiting = self._flights.leave_waiting()
+            replies = self._flights.replies
+        for flight in waiting:
+            self.jetstream.settler.settle(flight.delivery, Nak(0.0))
+        session = await self.jetstream.connection.session(timeout=1)
+        await keep_in_progress(session, replies)
+
+    # -- dispatcher thread: prepare -> admit -> send ----------------------------------------------
+
+    def _dispatch(self) -> None:
+        """Dispatches what arrives and looks after the copies, until told to stop."""
+        pause = BROKER_PAUSE[0]
+        check = time.monotonic()
+        while not self._stop.is_set():
+            self._work.wait(timeout=min(1.0, self.config.ack_wait / 3))
+            self._work.clear()
+            try:
+                while self._dispatch_some() and not self._stop.is_set():
+                    pass
+                if time.monotonic() - check > self.config.ack_wait * 2 / 3:
+                    check = time.monotonic()
+                    self._look_after_copies()
+                self._broker_is(True)
+                pause = BROKER_PAUSE[0]
+                continue
+            except self._dispatcher.broker_errors as error:
+                self._broker_is(False, error)
+            except Exception:
+                logger.exception("dispatching failed; trying on")
+            self._stop.wait(pause)
+            self._work.set()
+            pause = min(BROKER_PAUSE[1], pause * 2)
+        self._dispatcher.close()
+
+    def _dispatch_some(self) -> bool:
+        """Dispatches one batch; returns whether there was anything to do."""
+        with self._lock:
+            flights = self._flights.take(DISPATCH_BATCH)
+        ready = [flight for flight in flights if self._prepare(flight)]
+        with self._lock:
+            outgoing = self._flights.dispatch(ready, time.monotonic())
+        if outgoing:
+            try:
+                self._dispatcher.send(outgoing)
+            except BaseException:
+                # some may have been sent; all are sent again, for nothing must be lost
+                with self._lock:
+                    self._flights.put_back(outgoing)
+                raise
+            self.dispatched += sum(1 for flight in outgoing if flight.copies == 1)
+        return bool(flights)
+
+    def _prepare(self, flight: Flight) -> bool:
+        """Whether the message can be sent; settles here what cannot."""
+        settlement = self._dispatcher.prepare(flight)
+        if settlement is None:
+            return True
+        with self._lock:
+            self._flights.leave(flight.delivery.sequence)
+        original = Original(flight.subject, flight.body, flight.delivery.headers)
+        self.jetstream.settler.settle(flight.delivery, settlement, original)
+        self.dispatched += 1
+        self._ask_for_more()
+        return False
+
+    def _ask_for_more(self) -> None:
+        if self._pull is not None:
+            self.jetstream.connection.call_soon(self._pull.more)
+
+    def _look_after_copies(self) -> None:
+        """Has copies that are overdue, or that their queue lost, dispatched again."""
+        now = time.monotonic()
+        with self._lock:
+            lost = self._flights.overdue(now)
+            queues = self._flights.queues_to_check()
+        for queue in queues:
+            depth = self._dispatcher.depth(queue)
+            with self._lock:
+                lost += self._flights.found(queue, depth, time.monotonic())
+        if lost:
+            self._dispatch_again(lost)
+        self._say_crowded()
+
+    def _dispatch_again(self, lost: list[Flight]) -> None:
+        try:
+            found = self.jetstream.connection.run(self._still_there, lost, timeout=30)
+        except NotConnectedError:
+            return  # at the next look
+        with self._lock:
+            for flight in lost:
+                if flight not in found:
+                    self._flights.leave(flight.delivery.sequence)
+            self._flights.again(found, time.monotonic())
+        if found:
+            logger.warning(
+                "%d unclaimed copies are dispatched again (lost, or older than jetstream_lease)",
+                len(found),
+            )
+        self._work.set()
+
+    async def _still_there(self, flights: Iterable[Flight]) -> set[Flight]:
+        """Those that the stream still has; the rest was settled and we did not hear of it."""
+        session = await self.jetstream.connection.session()
+        return {f for f in flights if await fetch_original(session, f.delivery) is not None}
+
+    # -- saying things once ----------------------------------------------------------------------
+
+    def _broker_is(self, up: bool, error: BaseException | None = None) -> None:
+        if not up and not self._broker_down:
+            logger.error("the Celery broker is away; messages wait in the bridge: %s", error)
+        if up and self._broker_down:
+            logger.warning("the Celery broker is back")
+        if self._broker_down == up:
+            self._broker_down = not up
+            self._ask_for_more()
+
+    def _say_crowded(self) -> None:
+        with self._lock:
+            stalled = self._flights.stalled()
+        for queue in stalled - self._stalled:
+            logger.warning(
+                "queue %s has %d copies that no worker takes, its share: further messages for it "
+                "wait in the bridge. Does a worker consume it?",
+                queue,
+                self._flights.share,
+            )
+        self._stalled = stalled

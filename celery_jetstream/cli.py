@@ -1,0 +1,137 @@
+"""``celery -A app jetstream …``: the commands. Imports what they need when they run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from typing import Any
+
+import click
+from celery.bin.base import (
+    LOG_LEVEL,
+    CeleryCommand,
+    CeleryDaemonCommand,
+    CeleryOption,
+    handle_preload_options,
+)
+from celery.platforms import create_pidlock, maybe_drop_privileges, signals
+
+__all__ = ("jetstream",)
+
+
+@click.group(name="jetstream")
+def jetstream() -> None:
+    """Events through NATS JetStream."""
+
+
+@jetstream.command(cls=CeleryDaemonCommand)
+@click.option(
+    "--loglevel", "-l", cls=CeleryOption, default="INFO", type=LOG_LEVEL, help="Logging level."
+)
+@click.option("--once", is_flag=True, help="Stop when the stream has no more messages for us.")
+@click.option("--max-messages", type=click.IntRange(min=1), help="Stop after so many messages.")
+@click.pass_context
+@handle_preload_options
+def bridge(
+    ctx: click.Context,
+    loglevel: Any,
+    once: bool,
+    max_messages: int | None,
+    logfile: str | None = None,
+    pidfile: str | None = None,
+    uid: str | None = None,
+    gid: str | None = None,
+    umask: str | None = None,
+    **_: Any,
+) -> None:
+    """Turns every JetStream message into a task, until SIGTERM or SIGINT.
+
+    A second signal ends it at once. Exit status: 0 after a stop, 1 where it could not start.
+    """
+    from .bridge import Bridge
+    from .exceptions import CeleryJetStreamError
+
+    maybe_drop_privileges(uid=uid, gid=gid)
+    if umask:
+        os.umask(int(umask, 8))
+    app = ctx.obj.app
+    app.loader.init_worker()
+    app.finalize()
+    app.log.setup(loglevel=loglevel, logfile=logfile)
+    lock = create_pidlock(pidfile) if pidfile else None
+    try:
+        running = Bridge(_of(app), max_messages=max_messages, once=once)
+        _stop_on_signals(running)
+        running.run()
+    except CeleryJetStreamError as error:
+        raise click.ClickException(str(error)) from error
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+@jetstream.command(cls=CeleryCommand)
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@click.pass_context
+@handle_preload_options
+def provision(ctx: click.Context, dry_run: bool, as_json: bool, **_: Any) -> None:
+    """Creates or updates the stream and the consumer; harmless to repeat.
+
+    Exit status: 0 when all is as it must be, 1 when that cannot be.
+    """
+    from .exceptions import CeleryJetStreamError
+
+    app = ctx.obj.app
+    try:
+        plan = _of(app).provision(dry_run=dry_run)
+    except CeleryJetStreamError as error:
+        if as_json:
+            click.echo(json.dumps({"error": str(error)}))
+            sys.exit(1)
+        raise click.ClickException(str(error)) from error
+    finally:
+        _of(app).close()
+    if as_json:
+        click.echo(json.dumps({"dry_run": dry_run, "changes": _as_dicts(plan)}))
+    else:
+        click.echo(str(plan))
+
+
+def _as_dicts(plan: Any) -> list[dict[str, Any]]:
+    return [
+        {
+            "kind": change.kind,
+            "name": change.name,
+            "action": change.action,
+            "differences": [d._asdict() for d in change.differences],
+        }
+        for change in plan.changes
+    ]
+
+
+def _of(app: Any) -> Any:
+    from .extension import JetStream
+
+    found = getattr(app, "jetstream", None)
+    if not isinstance(found, JetStream):
+        raise click.ClickException(
+            f"the Celery app {app.main!r} has no JetStream: add JetStream(app) where it is made"
+        )
+    return found
+
+
+def _stop_on_signals(running: Any) -> None:
+    """The first signal stops in bounded time; the second ends the process there and then."""
+
+    def stop(signum: int, frame: object) -> None:
+        signals["SIGTERM"] = signals["SIGINT"] = end
+        running.stop()
+
+    def end(signum: int, frame: object) -> None:
+        os._exit(128 + signum)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signals[number] = stop

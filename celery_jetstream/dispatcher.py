@@ -1,0 +1,182 @@
+"""Celery's side of the bridge: a message becomes a task message in the broker.
+
+Decodes, finds the handler and its queue, and sends. Blocks as the broker does; the bridge gives
+it a thread of its own, and no other thread uses it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from celery import Celery
+from kombu.exceptions import OperationalError
+
+from . import events
+from .config import Config
+from .exceptions import DecodeError
+from .handlers import HEADER, Handlers
+from .inflight import Flight
+from .settlement import DeadLetter, Nak, Settlement
+
+__all__ = ("Dispatcher",)
+
+logger = logging.getLogger(__name__)
+
+#: The options of a task that say how its message is sent.
+ROUTING_OPTIONS = (
+    "queue",
+    "exchange",
+    "routing_key",
+    "priority",
+    "serializer",
+    "compression",
+    "delivery_mode",
+)
+#: What a route may hold and a copy must not: its expiry is the lease, its retries are JetStream's.
+NOT_FOR_COPIES = frozenset(
+    {
+        "countdown",
+        "eta",
+        "expires",
+        "headers",
+        "ignore_result",
+        "retry",
+        "retry_policy",
+        "soft_time_limit",
+        "task_id",
+        "time_limit",
+    }
+)
+
+
+class Dispatcher:
+    """Sends flights to the Celery broker.
+
+    Attributes:
+        broker_errors: what the broker's client raises when the broker is away.
+    """
+
+    def __init__(self, app: Celery, config: Config, handlers: Handlers) -> None:
+        self._app = app
+        self._config = config
+        self._handlers = handlers
+        self._producer: Any = None
+        connection = app.connection_for_write()
+        self.broker_errors: tuple[type[BaseException], ...] = (
+            OperationalError,
+            OSError,
+            *connection.connection_errors,
+            *connection.channel_errors,
+        )
+
+    def prepare(self, flight: Flight) -> Settlement | None:
+        """Decides what a message is sent as; None when it can be sent.
+
+        Returns:
+            The dead letter of a message that can never begin: not JSON, not an envelope, no
+            handler, or its last attempt never ended. A ``Nak`` where the app's own router failed.
+        """
+        if flight.task is None:
+            try:
+                event = events.decode(flight.body)
+            except DecodeError as error:
+                return DeadLetter(error.reason, type(error).__name__, str(error))
+            flight.task = self._handlers.find(event.event_type)
+            flight.envelope = event.envelope
+            if flight.task is None:
+                text = f"no handler for the event type {event.event_type!r}"
+                return DeadLetter("no_handler", "", text)
+        attempt = flight.delivery.num_delivered
+        if flight.task.policy(self._config).spent(attempt):
+            text = f"delivered {attempt} times, and none of its attempts ended"
+            return DeadLetter("max_deliveries_exceeded", "", text)
+        try:
+            flight.options = self._route(flight)
+        except Exception:
+            logger.exception("no route for %s; the message comes again", flight.task.name)
+            return Nak(self._config.backoff[-1])
+        flight.queue = _queue_name(flight.options)
+        return None
+
+    def send(self, flights: Sequence[Flight]) -> None:
+        """Sends copies, in one batch where the transport can (kombu >= 5.7, Redis).
+
+        Raises:
+            Exception: one of ``broker_errors``. Some copies may have been sent all the same.
+        """
+        if self._producer is None:
+            self._producer = self._app.amqp.Producer(
+                self._app.connection_for_write(), auto_declare=False
+            )
+        try:
+            with _batch(self._producer, len(flights)):
+                for flight in flights:
+                    self._send_one(flight)
+        except BaseException:
+            self.close()
+            raise
+
+    def depth(self, queue: str) -> int:
+        """Messages in a queue; 1 where the transport cannot say (then only the lease counts)."""
+        with self._app.connection_for_write() as connection, connection.channel() as channel:
+            try:
+                return int(channel.queue_declare(queue=queue, passive=True).message_count)
+            except connection.channel_errors as error:
+                # Redis has no key for an empty list, and kombu answers 404 (NOT_FOUND)
+                return 0 if getattr(error, "code", None) == 404 or "404" in str(error) else 1
+            except NotImplementedError:
+                return 1
+
+    def close(self) -> None:
+        """Drops the broker connection; does not wait for the broker."""
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            with contextlib.suppress(Exception):
+                producer.connection.collect()
+
+    def _send_one(self, flight: Flight) -> None:
+        task, delivery = flight.task, flight.delivery
+        message = self._app.amqp.create_task_message(
+            delivery.task_id,
+            task.name,
+            (flight.envelope,),
+            {},
+            retries=delivery.num_delivered - 1,
+            expires=self._config.lease if flight.expires else None,
+            ignore_result=task.ignore_result,
+            time_limit=task.time_limit,
+            soft_time_limit=task.soft_time_limit,
+            create_sent_event=self._app.conf.task_send_sent_event,
+            argsrepr=f"({flight.envelope.get('event_type')!r},)",
+            kwargsrepr="{}",
+            origin="celery_jetstream.bridge",
+        )
+        self._app.amqp.send_task_message(
+            self._producer,
+            task.name,
+            message,
+            headers={HEADER: delivery.to_header()},
+            retry=False,
+            **flight.options,
+        )
+
+    def _route(self, flight: Flight) -> dict[str, Any]:
+        """Where Celery would send this task: its own options, ``task_routes``, the default."""
+        task = flight.task
+        own = {name: getattr(task, name, None) for name in ROUTING_OPTIONS}
+        given = {name: value for name, value in own.items() if value is not None}
+        routed = self._app.amqp.router.route(given, task.name, (flight.envelope,), {}, task)
+        return {name: value for name, value in routed.items() if name not in NOT_FOR_COPIES}
+
+
+def _queue_name(options: dict[str, Any]) -> str:
+    queue = options.get("queue")
+    return str(getattr(queue, "name", None) or queue or options.get("routing_key") or "")
+
+
+def _batch(producer: Any, size: int) -> contextlib.AbstractContextManager[Any]:
+    batch = getattr(producer, "batch", None)
+    return contextlib.nullcontext() if batch is None else batch(max_size=size)

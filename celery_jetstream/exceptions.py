@@ -1,0 +1,167 @@
+"""The exceptions of celery_jetstream: one root, attributes instead of parsing.
+
+::
+
+    CeleryJetStreamError
+    ├── ConfigurationError   (+ ImproperlyConfigured)  .setting
+    ├── SubjectError         (+ ValueError)            .subject
+    ├── EventError           (+ ValueError)
+    │   ├── EncodeError                                .path
+    │   └── DecodeError                                .reason
+    ├── PublishError                                   .event_id .subject .transient
+    ├── TopologyError                                  .stream
+    │   ├── SubjectOverlapError                        .subject .other_stream
+    │   └── DriftError                                 .differences
+    └── NotConnectedError    (+ ConnectionError)
+        └── ConnectionRefusedByServer
+
+Handlers raise none of these to say how a message ends: Celery's own words do that
+(return, ``self.retry()``, ``Reject``, ``Ignore``, or any exception).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from celery.exceptions import ImproperlyConfigured
+
+__all__ = (
+    "CeleryJetStreamError",
+    "ConfigurationError",
+    "ConnectionRefusedByServer",
+    "DecodeError",
+    "DriftError",
+    "EncodeError",
+    "EventError",
+    "NotConnectedError",
+    "PublishError",
+    "SubjectError",
+    "SubjectOverlapError",
+    "TopologyError",
+    "kind_of",
+    "shown",
+)
+
+
+def shown(value: object) -> str:
+    """Return how a value stands in a message: its repr, of at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def kind_of(value: object) -> str:
+    """Return the type of a value as messages call it; JSON's word for ``None``."""
+    return "null" if value is None else type(value).__name__
+
+
+class CeleryJetStreamError(Exception):
+    """Root of every exception this library raises."""
+
+
+class ConfigurationError(CeleryJetStreamError, ImproperlyConfigured):
+    """A setting (or a handler's option) cannot be used as it is given.
+
+    The message names the setting, the value (never a credential) and a good value.
+    """
+
+    def __init__(self, message: str, *, setting: str | None = None) -> None:
+        super().__init__(message)
+        self.setting = setting
+
+
+class SubjectError(CeleryJetStreamError, ValueError):
+    """A subject, a subject token or an event-type pattern is not a legal one."""
+
+    def __init__(self, message: str, *, subject: object = None) -> None:
+        super().__init__(message)
+        self.subject = subject
+
+
+class EventError(CeleryJetStreamError, ValueError):
+    """An event is not one that can be sent or read."""
+
+
+class EncodeError(EventError):
+    """An event cannot be written to the wire; ``path`` leads to the value at fault."""
+
+    def __init__(self, message: str, *, path: str = "") -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class DecodeError(EventError):
+    """A message is no event; ``reason`` is the dead-letter reason.
+
+    ``reason`` is ``malformed_json`` (the body is not JSON) or ``invalid_envelope``
+    (it is JSON, but not an envelope).
+    """
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class PublishError(CeleryJetStreamError):
+    """JetStream did not store an event.
+
+    ``transient`` tells an outage (try again with the same ``event_id``) from a refusal.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        event_id: str | None = None,
+        subject: str | None = None,
+        transient: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.event_id = event_id
+        self.subject = subject
+        self.transient = transient
+
+
+class TopologyError(CeleryJetStreamError):
+    """A stream or a consumer is not there, or not as it must be."""
+
+    def __init__(self, message: str, *, stream: str | None = None) -> None:
+        super().__init__(message)
+        self.stream = stream
+
+
+class SubjectOverlapError(TopologyError):
+    """Another stream already takes one of our subjects (server error 10065)."""
+
+    def __init__(self, message: str, *, stream: str, subject: str, other_stream: str) -> None:
+        super().__init__(message, stream=stream)
+        self.subject = subject
+        self.other_stream = other_stream
+
+
+class DriftError(TopologyError):
+    """A stream or consumer exists with a configuration that cannot be brought to ours.
+
+    ``differences`` holds ``(field, wanted, found)`` for each field.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        stream: str,
+        differences: Sequence[tuple[str, object, object]] = (),
+    ) -> None:
+        super().__init__(message, stream=stream)
+        self.differences = tuple(differences)
+
+
+class NotConnectedError(CeleryJetStreamError, ConnectionError):
+    """There is no connection to NATS now. An outage, never a verdict on the event."""
+
+
+class ConnectionRefusedByServer(NotConnectedError):
+    """The server (or its certificate) was reached and the connection refused.
+
+    Wrong credentials, failed TLS verification, a ``tls://`` URL against a plain server:
+    trying again does not help, so start-up fails at once.
+    """

@@ -1,0 +1,381 @@
+"""``JetStream(app)``: binds settings, connection and everything on top of it to a Celery app."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from celery import Celery, bootsteps
+from celery import signals as celery_signals
+
+from . import plans, signals, specs, topology
+from .config import Config
+from .connection import Connection, NoResponders
+from .events import Event
+from .exceptions import ConfigurationError, EventError, NotConnectedError
+from .handlers import Handlers
+from .publisher import Message, Publisher, PublishResult
+from .request import HandBack, Keeper
+from .settler import Settler
+
+__all__ = ("JetStream",)
+
+logger = logging.getLogger(__name__)
+
+#: Seconds that ``publish`` tries: an election takes 4 to 6 s.
+PUBLISH_TIMEOUT = 15.0
+#: Seconds between two looks at the topology because a stream was missing.
+ENSURE_INTERVAL = 2.0
+
+Middleware = Callable[[Event, Callable[[Event], Any]], Any]
+
+
+@dataclass(frozen=True)
+class _Runtime:
+    """What one process has; a forked child makes its own."""
+
+    connection: Connection
+    publisher: Publisher
+    settler: Settler
+    keeper: Keeper
+
+
+class JetStream:
+    """JetStream for one Celery app, also found as ``app.jetstream``.
+
+    Settings are ``app.conf.jetstream_*``; they are read and checked at the first use. Connects
+    when it is first needed, in each process for itself. Thread-safe and fork-safe.
+
+    Args:
+        app: the Celery app.
+
+    Raises:
+        ConfigurationError: the app has a JetStream already.
+    """
+
+    def __init__(self, app: Celery) -> None:
+        if isinstance(getattr(app, "jetstream", None), JetStream):
+            raise ConfigurationError(
+                f"the app {app.main!r} has a JetStream already (app.jetstream); for another "
+                "server or app_name make another Celery app"
+            )
+        self.app = app
+        self.middleware: tuple[Middleware, ...] = ()
+        self._lock = threading.Lock()
+        self._runtime: _Runtime | None = None
+        self._ensured = 0.0
+        app.jetstream = self
+        app.steps["worker"].add(CheckSettings)
+        app.steps["consumer"].add(HandBack)
+        _instances.add(self)
+
+    def __repr__(self) -> str:
+        return f"<JetStream of {self.app.main}: {self.state}>"
+
+    @cached_property
+    def config(self) -> Config:
+        """The checked settings.
+
+        Raises:
+            ConfigurationError: names every wrong setting, its value and a good one.
+        """
+        return Config.from_app(self.app)
+
+    def check(self) -> Handlers:
+        """Reads and checks the settings and the handlers; returns the handlers.
+
+        Raises:
+            ConfigurationError: the settings are wrong, or two handlers have one pattern.
+        """
+        self.config  # noqa: B018 - read here so that a wrong one is said here
+        return Handlers(self.app.tasks.values())
+
+    def use(self, middleware: Middleware) -> Middleware:
+        """Puts a callable around every handler: ``middleware(event, call_next)``.
+
+        It calls ``call_next(event)`` and returns its result, or does not call it and returns a
+        settlement (``Ack()``, ``Nak(5)``, ``DeadLetter("reason")``). The first added is the
+        outermost. Add at import time, before the workers start. Usable as a decorator.
+        """
+        self.middleware = (*self.middleware, middleware)
+        return middleware
+
+    # -- connection ------------------------------------------------------------------------------
+
+    def connect(self) -> None:
+        """Connects now, and makes sure of stream and consumer where ``auto_provision`` is on.
+
+        Raises:
+            ConfigurationError: the settings are wrong, or two handlers have one pattern.
+            ConnectionRefusedByServer: credentials or TLS are wrong; at once.
+            NotConnectedError: no server answered in ``jetstream_connect_retry_attempts``.
+            TopologyError: the stream or consumer cannot be had as it must be.
+        """
+        self.check()
+        self.connection.connect()
+        if self.config.auto_provision:
+            self.connection.run(self._ensure)
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Waits for settlements to be confirmed and closes, ``timeout`` seconds at the most."""
+        runtime = self._runtime
+        if runtime is None:
+            return
+        deadline = time.monotonic() + timeout
+        if runtime.settler.pending:
+            with contextlib.suppress(NotConnectedError):
+                missing = runtime.settler.drain(timeout * 0.6)
+                if missing:
+                    logger.warning("%d settlements are unconfirmed at the end", missing)
+        runtime.connection.close(max(0.5, deadline - time.monotonic()))
+
+    def reconnect(self) -> None:
+        """Drops the connection and waits for a new one.
+
+        Raises:
+            NotConnectedError: there is none within 10 s; the supervisor goes on trying.
+        """
+        self.connection.reconnect()
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a live connection now."""
+        return self.state == "connected"
+
+    @property
+    def state(self) -> str:
+        """``disconnected``, ``connecting``, ``connected`` or ``reconnecting``."""
+        return "disconnected" if self._runtime is None else self._runtime.connection.state
+
+    # -- publishing ------------------------------------------------------------------------------
+
+    def publish(
+        self, event_type: str, payload: Any, *, timeout: float = PUBLISH_TIMEOUT, **event: Any
+    ) -> PublishResult:
+        """Publishes an event now and waits until JetStream has stored it.
+
+        Sends again with the same ``event_id`` while there is an outage. Never raises for the
+        broker's sake: look at the result, or call its ``raise_for_error()``.
+
+        Args:
+            event_type: dotted text, such as ``user.created``.
+            payload: any JSON value; dates, decimals and UUIDs are encoded.
+            timeout: seconds to try for.
+            event: ``resource_type``, ``resource_id``, ``event_id``, ``trace_id``,
+                ``produced_at``, ``schema_version``; ``destination`` (another app) or ``subject``;
+                ``headers``.
+
+        Raises:
+            EventError: the event cannot be sent as it is.
+            SubjectError: the subject or destination is not legal.
+            TypeError: an unknown keyword.
+        """
+        message = self.publisher.message(event_type=event_type, payload=payload, **event)
+        return self._send([message], timeout)[0]
+
+    def publish_batch(
+        self, batch: Iterable[Mapping[str, Any]], *, timeout: float = PUBLISH_TIMEOUT
+    ) -> list[PublishResult]:
+        """Publishes many events, pipelined; the results are aligned with the inputs.
+
+        All are checked before the first is sent.
+
+        Args:
+            batch: the arguments of :meth:`publish` for each event, as dicts.
+            timeout: seconds to try for, all together.
+
+        Raises:
+            EventError: an event cannot be sent; names its index. Nothing was sent.
+        """
+        messages: list[Message] = []
+        for index, event in enumerate(batch):
+            try:
+                messages.append(self.publisher.message(**event))
+            except (EventError, TypeError, ValueError) as error:
+                error.args = (f"event {index} of the batch: {error}",)
+                raise
+        return self._send(messages, timeout)
+
+    async def apublish(
+        self, event_type: str, payload: Any, *, timeout: float = PUBLISH_TIMEOUT, **event: Any
+    ) -> PublishResult:
+        """As :meth:`publish`, awaited in any event loop."""
+        message = self.publisher.message(event_type=event_type, payload=payload, **event)
+        self._before([message])
+        future = self.connection.submit(self.publisher.send, [message], timeout)
+        results = await asyncio.wrap_future(future)
+        self._after([message], results)
+        return results[0]
+
+    def _send(self, messages: list[Message], timeout: float) -> list[PublishResult]:
+        self._before(messages)
+        results = self.connection.run(self.publisher.send, messages, timeout)
+        self._after(messages, results)
+        return results
+
+    def _before(self, messages: list[Message]) -> None:
+        for message in messages:
+            signals.before_event_publish.send(
+                sender=self, event=message.event, subject=message.subject, headers=message.headers
+            )
+
+    def _after(self, messages: list[Message], results: list[PublishResult]) -> None:
+        for message, result in zip(messages, results, strict=True):
+            if result.success:
+                signals.after_event_publish.send(sender=self, event=message.event, result=result)
+            else:
+                logger.error("event %s was not published: %s", result.event_id, result.error)
+                signals.event_publish_failed.send(sender=self, event=message.event, result=result)
+
+    # -- topology --------------------------------------------------------------------------------
+
+    def provision(self, *, dry_run: bool = False) -> plans.Plan:
+        """Makes sure of the stream and the consumer, or (``dry_run``) says what that would do.
+
+        Raises:
+            TopologyError: it cannot be had.
+            NotConnectedError: no server.
+        """
+        self.connection.connect()
+        return self.connection.run(self._plan if dry_run else self._ensure)
+
+    async def ensure_topology(self) -> None:
+        """Makes sure again because something was missing; at most every 2 s. Loop thread.
+
+        Does nothing with ``auto_provision`` off. Trouble is logged, not raised: whoever found the
+        stream missing tries on.
+        """
+        if not self.config.auto_provision or time.monotonic() - self._ensured < ENSURE_INTERVAL:
+            return
+        self._ensured = time.monotonic()
+        try:
+            await self._ensure()
+        except Exception as error:
+            logger.error("stream or consumer is missing and could not be made: %s", error)
+
+    async def _ensure(self) -> plans.Plan:
+        return await topology.ensure(self._api, *self._specs())
+
+    async def _plan(self) -> plans.Plan:
+        return await topology.plan(self._api, *self._specs())
+
+    def _specs(self) -> tuple[specs.StreamSpec, specs.ConsumerSpec]:
+        config = self.config
+        stream = specs.StreamSpec(
+            name=config.stream_name,
+            subjects=config.subjects,
+            num_replicas=config.num_replicas,
+            duplicate_window=config.duplicate_window,
+            max_age=config.max_age,
+        )
+        consumer = specs.ConsumerSpec(
+            stream=config.stream_name,
+            durable=config.durable,
+            filter_subject=config.consume_subject,
+            ack_wait=config.ack_wait,
+            max_ack_pending=config.max_ack_pending,
+        )
+        return stream, consumer
+
+    async def _api(self, subject: str, request: Mapping[str, Any]) -> dict[str, Any]:
+        session = await self.connection.session()
+        payload = json.dumps(request).encode() if request else b""
+        try:
+            answer = await session.ask(f"$JS.API.{subject}", payload)
+        except NoResponders:
+            return {"error": {"code": 503}}
+        result: dict[str, Any] = json.loads(answer.data)
+        return result
+
+    # -- one runtime per process -------------------------------------------------------------------
+
+    @property
+    def connection(self) -> Connection:
+        """This process's connection."""
+        return self._process.connection
+
+    @property
+    def publisher(self) -> Publisher:
+        """This process's publisher."""
+        return self._process.publisher
+
+    @property
+    def settler(self) -> Settler:
+        """This process's settler."""
+        return self._process.settler
+
+    @property
+    def keeper(self) -> Keeper:
+        """This process's keeper of the messages that a worker holds."""
+        return self._process.keeper
+
+    @property
+    def _process(self) -> _Runtime:
+        runtime = self._runtime
+        if runtime is None:
+            config = self.config
+            with self._lock:
+                if self._runtime is None:
+                    self._runtime = self._make(config)
+                runtime = self._runtime
+        return runtime
+
+    def _make(self, config: Config) -> _Runtime:
+        connection = Connection(config)
+        publisher = Publisher(config, connection, self.ensure_topology)
+        settler = Settler(config, connection, publisher)
+        keeper = Keeper(connection, claimant=f"{socket.gethostname()}-{os.getpid()}")
+        return _Runtime(connection, publisher, settler, keeper)
+
+    def _forget(self) -> None:
+        self._lock = threading.Lock()
+        self._runtime = None
+
+
+class CheckSettings(bootsteps.Step):
+    """A worker with wrong settings, or two handlers for one pattern, does not start."""
+
+    def __init__(self, worker: Any, **_: Any) -> None:
+        worker.app.jetstream.check()
+
+
+# -- processes: start, fork, end ------------------------------------------------------------------
+
+_instances: weakref.WeakSet[JetStream] = weakref.WeakSet()
+
+
+def _forget_in_child() -> None:
+    for jetstream in list(_instances):
+        jetstream._forget()
+
+
+def _close_all(**_: Any) -> None:
+    for jetstream in list(_instances):
+        jetstream.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)
+atexit.register(_close_all)
+celery_signals.worker_process_shutdown.connect(_close_all, weak=False)
+celery_signals.worker_shutdown.connect(_close_all, weak=False)
+
+
+@celery_signals.worker_ready.connect(weak=False)
+def _connect_at_start(sender: Any = None, **_: Any) -> None:
+    """Connects in the background, so that the first message finds a connection."""
+    jetstream = getattr(sender.app, "jetstream", None)
+    if isinstance(jetstream, JetStream) and not jetstream.config.lazy_connect:
+        jetstream.connection.start()

@@ -1,0 +1,348 @@
+"""Handlers: the Celery tasks that receive events.
+
+:func:`jetstream_handler` makes one, with ``shared_task`` semantics; :class:`JetStreamTask` turns
+the envelope into an :class:`~celery_jetstream.events.Event`, runs the middleware around the
+handler, and makes ``retry()`` a redelivery by JetStream. How a task ended is settled when Celery
+sends ``task_postrun``, in the process that ran it. Endings that this process does not live to
+see are the worker's main process' business (:mod:`celery_jetstream.request`).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime, timezone
+from functools import lru_cache, partial
+from typing import Any, TypeVar, cast
+
+from celery import Celery, Task, signals
+from celery._state import _get_active_apps, connect_on_app_finalize, get_current_app
+from celery.exceptions import Retry
+from celery.local import Proxy
+from celery.worker import state as worker_state
+
+from . import subjects
+from .config import Config
+from .delivery import Delivery
+from .events import Event
+from .exceptions import ConfigurationError
+from .settlement import Ack, DeadLetter, End, Nak, Policy, Settlement, decide
+
+__all__ = ("HEADER", "Handlers", "JetStreamTask", "delivery_of", "jetstream_handler")
+
+#: The task message's header that says which delivery a copy carries.
+HEADER = "jetstream"
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def jetstream_handler(*event_types: str, **options: Any) -> Callable[[F], Any]:
+    """Makes a function the handler of the events whose type matches one of the patterns.
+
+    ``shared_task`` semantics: it may be used before there is an app, in reusable packages, and
+    the task appears in every app, on top of that app's ``task_cls``. The function gets the
+    :class:`~celery_jetstream.events.Event` (after ``self`` with ``bind=True``).
+
+    Args:
+        event_types: NATS patterns over the event type: ``user.created``, ``user.*``,
+            ``order.>``. The most specific pattern wins.
+        options: any option of a Celery task (``queue``, ``autoretry_for``, ``max_retries``,
+            ``time_limit``, ``rate_limit``, ``bind``, ``name``, …), and
+            ``unrecoverable_errors``, which replaces ``jetstream_unrecoverable_errors`` here.
+
+    Raises:
+        SubjectError: a pattern is not legal.
+        ConfigurationError: no pattern, or ``acks_late=True`` (JetStream redelivers; the Celery
+            broker must not).
+    """
+    if not event_types or not all(isinstance(pattern, str) for pattern in event_types):
+        raise ConfigurationError(
+            "jetstream_handler needs at least one event-type pattern, as in "
+            '@jetstream_handler("user.created")'
+        )
+    for pattern in event_types:
+        subjects.validate_pattern(pattern)
+    if options.get("acks_late"):
+        raise ConfigurationError(
+            "acks_late=True on a handler: JetStream redelivers what a worker did not finish, so "
+            "the Celery broker must not do it too; leave acks_late out",
+            setting="acks_late",
+        )
+    options.update(
+        acks_late=False,
+        event_types=tuple(event_types),
+        own_limit="max_retries" in {**options, **options.get("retry_kwargs", {})},
+    )
+
+    def decorate(function: F) -> Any:
+        return _shared(function, options)
+
+    return decorate
+
+
+def _shared(function: Callable[..., Any], options: dict[str, Any]) -> Any:
+    """As ``celery.shared_task``, but on top of each app's own task class."""
+
+    def register(app: Celery) -> Any:
+        return app.task(
+            **{**options, "base": _task_class(app.Task), "shared": False, "lazy": False}
+        )(function)
+
+    connect_on_app_finalize(register)
+    for app in _get_active_apps():
+        if app.finalized:
+            register(app)
+
+    def current() -> Any:
+        app = get_current_app()
+        name = options.get("name") or app.gen_task_name(function.__name__, function.__module__)
+        return app.tasks[name]
+
+    return Proxy(current)
+
+
+@lru_cache
+def _task_class(base: type[Task]) -> type[Task]:
+    """``JetStreamTask`` on top of an app's own task class (Django's, say)."""
+    if issubclass(base, JetStreamTask):
+        return base
+    return cast("type[Task]", type("JetStreamTask", (JetStreamTask, base), {"abstract": True}))
+
+
+class JetStreamTask(Task):
+    """A Celery task that receives events.
+
+    Called with an envelope (a dict) or an :class:`Event`, by a bridge, by ``.delay(envelope)``,
+    ``.apply(…)`` or directly; only a copy sent by a bridge has a delivery and is settled.
+
+    Attributes:
+        event_types: the patterns it handles.
+        own_limit: whether ``max_retries`` was given (or ``retry_kwargs={"max_retries": …}``),
+            and so is the limit of attempts.
+        unrecoverable_errors: this handler's, or None for the app's.
+    """
+
+    abstract = True
+    Request = "celery_jetstream.request:JetStreamRequest"
+    event_types: tuple[str, ...] = ()
+    own_limit = False
+    retry_kwargs: Mapping[str, Any] = {}
+    unrecoverable_errors: tuple[type[BaseException], ...] | None = None
+
+    def __call__(self, event: Any, *args: Any, **kwargs: Any) -> Any:
+        event = self.event(event)
+        if self.request.called_directly:
+            return super().__call__(event, *args, **kwargs)
+        call = partial(self._run, args, kwargs)
+        jetstream = getattr(self.app, "jetstream", None)
+        for middleware in reversed(jetstream.middleware if jetstream else ()):
+            call = partial(_through, middleware, call)
+        result = call(event)
+        retry = getattr(self.request, "jetstream_retry", None)
+        if retry is not None:  # self.retry(throw=False)
+            raise retry
+        if isinstance(result, (Ack, Nak, DeadLetter)):
+            self.request.jetstream_settlement = result
+            return None
+        return result
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], event: Event) -> Any:
+        return self.run(event, *args, **kwargs)
+
+    def event(self, argument: Any) -> Event:
+        """The event that the task's first argument stands for.
+
+        Raises:
+            DecodeError: it is no envelope.
+        """
+        if isinstance(argument, Event):
+            return argument
+        delivery = delivery_of(self.request)
+        return Event.from_envelope(
+            argument, headers=delivery.headers if delivery else None, delivery=delivery
+        )
+
+    def retry(
+        self,
+        args: Any = None,
+        kwargs: Any = None,
+        exc: Exception | None = None,
+        throw: bool = True,
+        eta: datetime | None = None,
+        countdown: float | None = None,
+        max_retries: int | None = None,
+        **options: Any,
+    ) -> Any:
+        """Has JetStream deliver the message again; nothing is sent to the Celery broker.
+
+        Without a delivery (``.delay()``, ``.apply()``) this is Celery's own ``retry``.
+
+        Args:
+            args: not for a message, which comes again as it is.
+            kwargs: not for a message either.
+            exc: what to raise when no attempt is left.
+            throw: False returns the ``Retry``, raised when the task returns.
+            eta: when it is to come again.
+            countdown: or in how many seconds; default the ``jetstream_backoff``.
+            max_retries: lowers the handler's limit for this call. To raise it, give the handler
+                ``max_retries`` (the bridge must know it).
+            options: not for a message.
+
+        Raises:
+            celery.exceptions.Retry: always, with an attempt left and ``throw``.
+            celery.exceptions.MaxRetriesExceededError: none left, and no ``exc``.
+            TypeError: ``args``, ``kwargs`` or options with a message.
+        """
+        request = self.request
+        delivery = delivery_of(request)
+        if delivery is None:
+            options.update(eta=eta, countdown=countdown, max_retries=max_retries)
+            return super().retry(args, kwargs, exc, throw, **options)
+        if args is not None or kwargs is not None or options:
+            raise TypeError(
+                "a JetStream message comes again as it is: retry() takes countdown, eta, exc, "
+                "max_retries and throw here, nothing else"
+            )
+        policy = self.policy(self.app.jetstream.config)
+        attempt = delivery.num_delivered
+        if not policy.left(attempt) or (max_retries is not None and attempt > max_retries):
+            request.jetstream_exhausted = True
+            raise exc or self.MaxRetriesExceededError(
+                f"Can't retry {self.name}[{request.id}] any more after attempt {attempt}"
+            )
+        when = eta if eta is not None else countdown
+        retry = Retry(exc=exc, when=policy.delay(attempt) if when is None else when)
+        if throw:
+            raise retry
+        request.jetstream_retry = retry
+        return retry
+
+    def policy(self, config: Config) -> Policy:
+        """What this handler's messages are settled by."""
+        limit: int | None = config.max_deliver
+        if self.own_limit:
+            retries = self.retry_kwargs.get("max_retries", self.max_retries)
+            limit = None if retries is None else retries + 1
+        unrecoverable = self.unrecoverable_errors
+        return Policy(
+            limit=limit,
+            backoff=config.backoff,
+            ack_wait=config.ack_wait,
+            unrecoverable=(
+                config.unrecoverable_errors if unrecoverable is None else tuple(unrecoverable)
+            ),
+            outages=config.outage_errors,
+        )
+
+
+def _through(
+    middleware: Callable[[Event, Callable[[Event], Any]], Any],
+    call: Callable[[Event], Any],
+    event: Event,
+) -> Any:
+    return middleware(event, call)
+
+
+def delivery_of(request: Any) -> Delivery | None:
+    """The delivery that a task request carries; None for a task that no bridge sent."""
+    return read_header(getattr(request, HEADER, None))
+
+
+def read_header(header: Any) -> Delivery | None:
+    """The delivery in a task message's ``jetstream`` header."""
+    return Delivery.from_header(header) if isinstance(header, Mapping) else None
+
+
+# -- the end of a task that this process ran ------------------------------------------------------
+
+
+@signals.task_postrun.connect(weak=False)
+def settle_ended_task(
+    sender: Any = None, retval: Any = None, state: str | None = None, **_: Any
+) -> None:
+    """Settles the message of a handler that has just ended, before its result is reported.
+
+    Celery sends the signal in the process that ran the task, whatever the end, with the real
+    exception (an unpicklable one reaches the main process as something else). No ``state`` means
+    that a ``SystemExit`` or the like is on its way: in a pool child the process dies of it and
+    the main process settles.
+    """
+    if not isinstance(sender, JetStreamTask):
+        return
+    request = sender.request
+    delivery = delivery_of(request)
+    if delivery is None:
+        return
+    end: End | BaseException | Settlement = getattr(request, "jetstream_settlement", None) or (
+        retval if isinstance(retval, BaseException) else End.RETURNED
+    )
+    if state is None:
+        if request.id not in worker_state.requests:
+            return
+        end = SystemExit("the handler ended its thread")
+    settle(sender, delivery, end, request)
+
+
+def settle(
+    task: JetStreamTask,
+    delivery: Delivery,
+    end: End | BaseException | Settlement,
+    request: Any = None,
+) -> None:
+    """Decides and hands the settlement on; never blocks."""
+    jetstream = task.app.jetstream
+    settlement = decide(
+        end,
+        task.policy(jetstream.config),
+        delivery.num_delivered,
+        exhausted=getattr(request, "jetstream_exhausted", False),
+        jitter=random.random(),
+        now=datetime.now(timezone.utc),
+    )
+    if settlement is not None:
+        jetstream.settler.settle(delivery, settlement)
+
+
+# -- finding the handler of an event -------------------------------------------------------------
+
+
+class Handlers:
+    """Which task handles which event type. Celery's task registry is the registry.
+
+    Raises:
+        ConfigurationError: two handlers have the same pattern; names both.
+    """
+
+    def __init__(self, tasks: Iterable[Any]) -> None:
+        self._by_pattern: dict[str, JetStreamTask] = {}
+        for task in tasks:
+            if isinstance(task, JetStreamTask):
+                for pattern in task.event_types:
+                    self._add(pattern, task)
+        self._patterns = sorted(self._by_pattern, key=subjects.specificity)
+        self._find = lru_cache(maxsize=4096)(self._look_up)
+
+    def _add(self, pattern: str, task: JetStreamTask) -> None:
+        other = self._by_pattern.setdefault(pattern, task)
+        if other is not task:
+            raise ConfigurationError(
+                f"two handlers for the event type {pattern!r}: {other.name} and {task.name}; "
+                "give one of them another pattern"
+            )
+
+    def __bool__(self) -> bool:
+        return bool(self._by_pattern)
+
+    def items(self) -> list[tuple[str, JetStreamTask]]:
+        """``(pattern, task)``, the most specific first."""
+        return [(pattern, self._by_pattern[pattern]) for pattern in self._patterns]
+
+    def find(self, event_type: str) -> JetStreamTask | None:
+        """The handler with the most specific matching pattern; None where there is none."""
+        return self._find(event_type)
+
+    def _look_up(self, event_type: str) -> JetStreamTask | None:
+        for pattern in self._patterns:
+            if subjects.matches(pattern, event_type):
+                return self._by_pattern[pattern]
+        return None

@@ -1,0 +1,236 @@
+"""What a bridge has taken from JetStream and no worker has claimed yet: pure bookkeeping.
+
+A message is *waiting* (not sent to the Celery broker yet) or *dispatched* (a copy lies in a
+queue). It leaves when a worker claims or settles it. The rules that keep a copy from being lost,
+and a queue without workers from stopping the others, are here; the doing is the bridge's.
+Times are seconds of any steady clock. Not thread-safe: the bridge holds a lock.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .delivery import Delivery
+
+__all__ = ("Flight", "InFlight")
+
+
+@dataclass(eq=False, slots=True)
+class Flight:
+    """One message on its way from JetStream to a worker.
+
+    Attributes:
+        delivery: the newest delivery of the message.
+        subject: where it was published.
+        body: as it came.
+        task: the handler, once that is found; ``envelope`` is its argument.
+        options: how the copy is sent.
+        queue: the Celery queue's name.
+        dispatched_at: when its last copy was sent; None while it waits.
+        copies: how many copies were sent.
+        expires: whether its copy expires with the lease. One sent because the last was lost is
+            alone, and need not (a worker whose clock is ahead finds every other copy expired).
+    """
+
+    delivery: Delivery
+    subject: str
+    body: bytes
+    task: Any = None
+    envelope: Any = None
+    options: dict[str, Any] = field(default_factory=dict)
+    queue: str = ""
+    dispatched_at: float | None = None
+    copies: int = 0
+    expires: bool = True
+
+
+class InFlight:
+    """The flights of one bridge.
+
+    Args:
+        capacity: the consumer's ``max_ack_pending``.
+        lease: seconds that a copy may lie unclaimed before another one is sent.
+        grace: seconds that a worker's claim may need to arrive (a claim comes within
+            ``ack_wait / 3``).
+    """
+
+    def __init__(self, *, capacity: int, lease: float, grace: float) -> None:
+        self.capacity = capacity
+        self.share = max(1, capacity // 4)
+        self._lease = lease + grace
+        self._flights: dict[int, Flight] = {}
+        self._ready: deque[Flight] = deque()
+        self._held_back: dict[str, deque[Flight]] = defaultdict(deque)
+        self._dispatched: dict[str, int] = defaultdict(int)
+        self._empty_at: dict[str, float] = {}
+        self._departed: dict[str, int] = defaultdict(int)
+        self._looked: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._flights)
+
+    @property
+    def room(self) -> int:
+        """How many more messages may be taken."""
+        return self.capacity - len(self._flights)
+
+    @property
+    def replies(self) -> list[str]:
+        """The ack subjects of all that must be kept in progress."""
+        return [flight.delivery.reply for flight in self._flights.values()]
+
+    @property
+    def crowded(self) -> dict[str, int]:
+        """Queues whose share is used up, and how many of their messages wait for that."""
+        return {queue: len(waiting) for queue, waiting in self._held_back.items() if waiting}
+
+    def stalled(self) -> set[str]:
+        """Queues whose share was used up at this look and the last, and nothing has left."""
+        now = {queue: self._departed[queue] for queue in self.crowded}
+        before, self._looked = self._looked, now
+        return {queue for queue, departed in now.items() if before.get(queue) == departed}
+
+    # -- arriving and leaving --------------------------------------------------------------------
+
+    def arrive(self, delivery: Delivery, subject: str, body: bytes) -> None:
+        """A message came. Again? Then its copy is still out there: only the reply is newer."""
+        flight = self._flights.get(delivery.sequence)
+        if flight is not None:
+            flight.delivery = delivery
+            return
+        flight = Flight(delivery, subject, body)
+        self._flights[delivery.sequence] = flight
+        self._ready.append(flight)
+
+    def take(self, most: int) -> list[Flight]:
+        """What is ready to be dispatched, oldest first; skips what was settled meanwhile."""
+        taken: list[Flight] = []
+        while self._ready and len(taken) < most:
+            flight = self._ready.popleft()
+            if self._flights.get(flight.delivery.sequence) is flight:
+                taken.append(flight)
+        return taken
+
+    def put_back(self, flights: Iterable[Flight]) -> None:
+        """They could not be dispatched (the broker is away); they stay first in line."""
+        back = [f for f in flights if self._flights.get(f.delivery.sequence) is f]
+        for flight in back:
+            flight.dispatched_at = None
+            self._dispatched[flight.queue] -= 1
+        self._ready.extendleft(reversed(back))
+
+    def dispatch(self, flights: Iterable[Flight], now: float) -> list[Flight]:
+        """Those whose queue has room, noted as dispatched; the others wait until one leaves.
+
+        Noted before they are sent, for a worker may be faster than we are.
+        """
+        admitted = []
+        for flight in flights:
+            if flight.dispatched_at is None:
+                if self._dispatched[flight.queue] >= self.share:
+                    self._held_back[flight.queue].append(flight)
+                    continue
+                self._dispatched[flight.queue] += 1
+            flight.dispatched_at = now
+            flight.copies += 1
+            admitted.append(flight)
+        return admitted
+
+    def leave(self, sequence: int) -> bool:
+        """A worker claimed or settled it, or the bridge itself did."""
+        flight = self._flights.pop(sequence, None)
+        if flight is None:
+            return False
+        if flight.dispatched_at is not None:
+            self._dispatched[flight.queue] -= 1
+            self._departed[flight.queue] += 1
+            self._admit_next(flight.queue)
+        return True
+
+    def _admit_next(self, queue: str) -> None:
+        waiting = self._held_back.get(queue)
+        while waiting:
+            flight = waiting.popleft()
+            if self._flights.get(flight.delivery.sequence) is flight:
+                self._ready.append(flight)
+                return
+
+    def handed_back(self, sequence: int, num_delivered: int) -> bool:
+        """A worker asked for redelivery of that delivery.
+
+        Where a newer delivery has come already, it is dispatched now; it was held back because
+        the older copy was still out there.
+        """
+        flight = self._flights.get(sequence)
+        if flight is None or flight.dispatched_at is None:
+            return False
+        if flight.delivery.num_delivered > num_delivered:
+            self._ready.append(flight)
+            return True
+        return self.leave(sequence)
+
+    def leave_waiting(self) -> list[Flight]:
+        """Takes out everything that is not dispatched (the bridge stops)."""
+        waiting = [f for f in self._flights.values() if f.dispatched_at is None]
+        for flight in waiting:
+            del self._flights[flight.delivery.sequence]
+        self._ready.clear()
+        self._held_back.clear()
+        return waiting
+
+    # -- lost copies -----------------------------------------------------------------------------
+
+    def overdue(self, now: float) -> list[Flight]:
+        """Dispatched longer ago than the lease and still unclaimed.
+
+        A copy that does not expire has ten leases, for it would be run beside the next one.
+        """
+        overdue = [
+            flight
+            for flight in self._flights.values()
+            if flight.dispatched_at is not None
+            and now - flight.dispatched_at > self._lease * (1 if flight.expires else 10)
+        ]
+        for flight in overdue:
+            flight.expires = True
+        return overdue
+
+    def queues_to_check(self) -> list[str]:
+        """The queues that have unclaimed copies."""
+        for queue in [q for q in self._empty_at if not self._dispatched.get(q)]:
+            del self._empty_at[queue]
+        return [queue for queue, count in self._dispatched.items() if count > 0]
+
+    def found(self, queue: str, depth: int, now: float) -> list[Flight]:
+        """Notes a queue's depth; returns the copies that are lost.
+
+        A copy is lost when its queue was empty at two checks in a row, both later than its
+        dispatch, and nobody has claimed it in between.
+        """
+        if depth > 0:
+            self._empty_at.pop(queue, None)
+            return []
+        before = self._empty_at.get(queue)
+        self._empty_at[queue] = now
+        if before is None:
+            return []
+        lost = [
+            flight
+            for flight in self._flights.values()
+            if flight.queue == queue
+            and flight.dispatched_at is not None
+            and flight.dispatched_at < before
+        ]
+        for flight in lost:
+            flight.expires = False
+        return lost
+
+    def again(self, flights: Iterable[Flight], now: float) -> None:
+        """They are to be dispatched again, the same delivery."""
+        for flight in flights:
+            if self._flights.get(flight.delivery.sequence) is flight:
+                flight.dispatched_at = now  # not to be found lost twice while it is in line
+                self._ready.append(flight)

@@ -1,0 +1,277 @@
+"""What the worker's main process knows of a message: claim, keepalive, and the abnormal ends.
+
+A copy that the worker receives becomes a :class:`JetStreamRequest`. From then on the worker
+keeps its message in progress and claims it (:class:`Keeper`). Normal ends are settled by the
+process that ran the task; a killed child, the hard time limit, a revoke and a shutdown are seen
+only here. Nothing is done here for a message that ends normally, for this process is what limits
+a prefork worker.
+
+What is not public of Celery is used in this module only (tried on 5.5 to 5.7): ``Task.Request``,
+``Request._announce_revoked`` and ``_announce_cancelled``, ``Request._apply_result``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from datetime import datetime, timezone
+from typing import Any
+
+from billiard.einfo import ExceptionWithTraceback
+from celery import bootsteps, signals
+from celery.exceptions import TaskRevokedError, TimeLimitExceeded
+from celery.worker import state as worker_state
+from celery.worker.request import Request
+
+from . import handlers
+from .connection import Connection
+from .consumer import keep_in_progress
+from .delivery import Delivery
+from .exceptions import NotConnectedError
+from .settlement import End, Policy, decide
+
+__all__ = ("HandBack", "JetStreamRequest", "Keeper")
+
+logger = logging.getLogger(__name__)
+
+
+class JetStreamRequest(Request):
+    """Celery's request, for a copy that carries a delivery; without one it is Celery's own."""
+
+    delivery: Delivery | None = None
+    refusal: End | None = None
+    settled = False
+
+    def __init__(self, message: Any, **options: Any) -> None:
+        super().__init__(message, **options)
+        self.delivery = handlers.read_header(self._request_dict.get(handlers.HEADER))
+        if self.delivery is None:
+            return
+        self.received = time.time()
+        self.refusal = self._refusal(self.delivery)
+        if self.refusal is None:
+            self.expires = None  # decided now; once held, a copy does not expire any more
+            self._app.jetstream.keeper.hold(self)
+        else:
+            self.expires = self.expires or datetime.now(timezone.utc)  # Celery asks revoked()
+
+    def _refusal(self, delivery: Delivery) -> End | None:
+        if self.expires and datetime.now(timezone.utc) > self.expires:
+            _say_expired(self)
+            return End.EXPIRED
+        other = worker_state.requests.get(self.id)
+        if isinstance(other, JetStreamRequest) and other.delivery is not None:
+            # the same delivery twice: the one we have settles it; a newer one waits for that
+            newer = delivery.num_delivered > other.delivery.num_delivered
+            return End.DUPLICATE if newer else End.EXPIRED
+        return None
+
+    @property
+    def begun(self) -> bool:
+        """Whether the pool has it, as far as this process can tell."""
+        if self.time_start is not None:
+            return True
+        result = self._apply_result() if self._apply_result is not None else None
+        return getattr(result, "_write_to", None) is not None
+
+    @property
+    def held(self) -> bool:
+        """Whether this worker still has the message: it waits, or runs."""
+        if self.settled:
+            return False
+        return not self.acknowledged or worker_state.requests.get(self.id) is self
+
+    def settle(self, end: End | BaseException) -> None:
+        """Settles an end that only this process saw; the first one counts."""
+        if self.delivery is None or self.settled:
+            return
+        self.settled = True
+        handlers.settle(self.task, self.delivery, end)
+
+    # -- what Celery tells a request -------------------------------------------------------------
+
+    def acknowledge(self) -> None:
+        super().acknowledge()
+        if self.delivery is not None:
+            self._app.jetstream.keeper.begun(self)
+
+    def revoked(self) -> bool:
+        """Asked by Celery before it runs a copy; refuses expired ones and duplicates.
+
+        Celery's own would put an expired task's id on the worker's list of revoked tasks, and
+        the next copy of the message, which has the same id, would be taken for revoked.
+        """
+        if self.refusal is None:
+            return bool(super().revoked())
+        if not self.acknowledged:
+            self.acknowledge()
+            self.settle(self.refusal)
+        return True
+
+    def on_accepted(self, pid: int, time_accepted: float) -> None:
+        if self.settled:  # handed back while it waited in a pool that runs all it has got
+            raise TaskRevokedError(self.id)
+        super().on_accepted(pid, time_accepted)
+
+    def on_failure(
+        self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False
+    ) -> None:
+        try:
+            super().on_failure(exc_info, send_failed_event, return_ok)
+        finally:
+            if not return_ok:  # else the process that ran it has settled it
+                error = exc_info.exception
+                if isinstance(error, ExceptionWithTraceback):
+                    error = error.exc
+                self.settle(End.NOT_BEGUN if self._cut_off else error)
+
+    def on_timeout(self, soft: bool, timeout: float) -> None:
+        try:
+            super().on_timeout(soft, timeout)
+        finally:
+            if not soft:
+                self.settle(End.NOT_BEGUN if self._cut_off else TimeLimitExceeded(timeout))
+
+    @property
+    def _cut_off(self) -> bool:
+        """Whether the worker is ending at once, and ended the task with it."""
+        return bool(worker_state.should_terminate or self._already_cancelled)
+
+    def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
+        try:
+            super()._announce_revoked(reason, terminated, signum, expired)
+        finally:
+            self.settle(End.REVOKED)
+
+    def _announce_cancelled(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._announce_cancelled(*args, **kwargs)
+        finally:
+            self.settle(End.NOT_BEGUN)
+
+
+_said_expired = False
+
+
+def _say_expired(request: JetStreamRequest) -> None:
+    """Says once per process that copies arrive expired, and what that may mean."""
+    global _said_expired
+    level = logging.DEBUG if _said_expired else logging.WARNING
+    _said_expired = True
+    logger.log(
+        level,
+        "copy %s arrived after its lease (%s) and is left to the bridge, which dispatches the "
+        "message again. Copies older than jetstream_lease are normal after a time without "
+        "workers; else this worker's clock is ahead of the bridge's",
+        request.id,
+        request.expires,
+    )
+
+
+class Keeper:
+    """Keeps all messages that this worker holds in progress, and claims them.
+
+    Every ``ack_wait / 3`` seconds, in the loop thread. Bounded: a message whose task runs for
+    longer than its hard time limit, or ``jetstream_max_hold`` where it has none, is let go.
+    """
+
+    def __init__(self, connection: Connection, *, claimant: str) -> None:
+        self._connection = connection
+        self._config = connection.config
+        self._claimant = claimant
+        self._new: deque[weakref.ref[JetStreamRequest]] = deque()
+        self._known: list[weakref.ref[JetStreamRequest]] = []
+        # Celery 5.7 forgets what has not begun before its bootsteps stop: kept for HandBack
+        self._not_begun: set[JetStreamRequest] = set()
+        self._running: Future[None] | None = None
+
+    def hold(self, request: JetStreamRequest) -> None:
+        """Called in the main thread for each copy received; does next to nothing."""
+        self._not_begun.add(request)
+        self._new.append(weakref.ref(request))
+        if self._running is None or self._running.done():
+            self._running = self._connection.submit(self._run)
+
+    def begun(self, request: JetStreamRequest) -> None:
+        """Its copy is acknowledged: from here on it lives as long as Celery needs it."""
+        self._not_begun.discard(request)
+
+    def held(self) -> Iterator[JetStreamRequest]:
+        """The requests of all messages that this worker holds now."""
+        while self._new:
+            self._known.append(self._new.popleft())
+        known, self._known = self._known, []
+        for reference in known:
+            request = reference()
+            if request is not None and request.held:
+                self._known.append(reference)
+                yield request
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(self._config.ack_wait / 3)
+            try:
+                await self._tick()
+            except NotConnectedError:
+                pass  # said by the connection; the next tick comes in time or ack_wait passes
+            except Exception:
+                logger.exception("keeping messages in progress failed; trying on")
+
+    async def _tick(self) -> None:
+        replies = [
+            request.delivery.reply
+            for request in list(self.held())
+            if request.delivery is not None and not self._too_long(request)
+        ]
+        if replies:
+            session = await self._connection.session(timeout=1)
+            await keep_in_progress(session, replies, self._claimant)
+
+    def _too_long(self, request: JetStreamRequest) -> bool:
+        limit = request.time_limits[0] or request.task.time_limit
+        bound = limit + self._config.ack_wait if limit else self._config.max_hold
+        held = time.time() - (request.time_start or request.received)
+        if held <= bound:
+            return False
+        request.settled = True
+        logger.error(
+            "message %s has been held for %d s and is kept no longer: JetStream will deliver it "
+            "again. Give the handler a time_limit, or raise jetstream_max_hold",
+            request.id,
+            held,
+        )
+        return True
+
+
+class HandBack(bootsteps.StartStopStep):
+    """Hands back what has not begun when the worker stops, or loses its broker.
+
+    The broker's copy is acknowledged first, so that the broker does not restore it.
+    """
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    def stop(self, consumer: Any) -> None:
+        for request in list(consumer.app.jetstream.keeper.held()):
+            if not request.begun:
+                request.acknowledge()
+                request.settle(End.NOT_BEGUN)
+
+
+@signals.task_unknown.connect(weak=False)
+@signals.task_rejected.connect(weak=False)
+def hand_back_unreadable(sender: Any = None, message: Any = None, **_: Any) -> None:
+    """A copy whose task this worker does not know, or cannot read (rolling deploy)."""
+    delivery = handlers.read_header((message.headers or {}).get(handlers.HEADER))
+    jetstream = getattr(sender.app, "jetstream", None)
+    if delivery is None or jetstream is None:
+        return
+    logger.error("copy %s is handed back: this worker cannot run it", delivery.task_id)
+    policy = Policy(backoff=jetstream.config.backoff)
+    settlement = decide(End.UNKNOWN_TASK, policy, delivery.num_delivered)
+    jetstream.settler.settle(delivery, settlement)

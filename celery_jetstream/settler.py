@@ -1,0 +1,157 @@
+"""Settling: carries a settlement out, once, confirmed, without keeping the task waiting.
+
+An Ack or a Nak goes to :class:`~celery_jetstream.consumer.Acks`. A DeadLetter is published first
+and the original is terminated after that; where it cannot be published, the original comes again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from concurrent.futures import Future
+
+from . import deadletter, signals
+from .config import Config
+from .connection import Connection
+from .consumer import Acks, keep_in_progress
+from .deadletter import Original
+from .delivery import Delivery
+from .exceptions import NotConnectedError
+from .publisher import Message, Publisher
+from .settlement import Ack, DeadLetter, Nak, Settlement
+
+__all__ = ("Settler",)
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between two tries of a message whose dead letter is larger than the server takes.
+TOO_BIG_DELAY = 3600.0
+
+
+class Settler:
+    """Carries settlements out for one process. Thread-safe; nothing here blocks but ``drain``."""
+
+    def __init__(self, config: Config, connection: Connection, publisher: Publisher) -> None:
+        self._config = config
+        self._connection = connection
+        self._publisher = publisher
+        self._acks = Acks(connection, patience=max(300.0, 2 * config.ack_wait))
+        self._burials: set[Future[None]] = set()
+        self._lock = threading.Lock()
+
+    def settle(
+        self, delivery: Delivery, settlement: Settlement, original: Original | None = None
+    ) -> None:
+        """Settles a delivery; any thread.
+
+        Args:
+            delivery: whose message.
+            settlement: what to do.
+            original: the message as it came, where it is at hand; else it is read from the
+                stream when a dead letter needs it.
+        """
+        signals.message_settled.send(sender=self, delivery=delivery, settlement=settlement)
+        if isinstance(settlement, Ack):
+            self._acks.ack(delivery.reply)
+        elif isinstance(settlement, Nak):
+            self._acks.nak(delivery.reply, settlement.delay)
+        else:
+            self._bury_soon(delivery, settlement, original)
+
+    def drain(self, timeout: float) -> int:
+        """Waits for the confirmations, ``timeout`` seconds at most; returns how many are missing.
+
+        What is missing is delivered again after ``ack_wait``.
+        """
+        return self._connection.run(self._drain, timeout, timeout=timeout + 1)
+
+    async def _drain(self, timeout: float) -> int:
+        end = asyncio.get_running_loop().time() + timeout
+        while self._burials and asyncio.get_running_loop().time() < end:
+            await asyncio.sleep(0.01)
+        left = max(0.0, end - asyncio.get_running_loop().time())
+        return len(self._burials) + await self._acks.drain(left)
+
+    @property
+    def pending(self) -> int:
+        """Settlements not yet confirmed by the server."""
+        return len(self._burials) + self._acks.unconfirmed
+
+    def _bury_soon(self, delivery: Delivery, end: DeadLetter, original: Original | None) -> None:
+        future = self._connection.submit(self._bury, delivery, end, original)
+        with self._lock:
+            self._burials.add(future)
+        future.add_done_callback(self._burials.discard)
+
+    async def _bury(self, delivery: Delivery, end: DeadLetter, original: Original | None) -> None:
+        """Publish, then terminate the original; or have it come again."""
+        try:
+            if not self._config.use_dlq:
+                self._discard(delivery, end)
+                return
+            original = original or await self._read(delivery)
+            if original is None:
+                logger.warning("no dead letter: message %s is gone", delivery.task_id)
+                self._acks.ack(delivery.reply)
+                return
+            await self._publish(delivery, end, original)
+        except Exception as error:
+            if not isinstance(error, NotConnectedError):
+                logger.exception("dead letter failed")
+            self._again(delivery, end, str(error))
+
+    async def _read(self, delivery: Delivery) -> Original | None:
+        session = await self._connection.session(timeout=self._config.ack_wait)
+        await keep_in_progress(session, [delivery.reply])
+        return await deadletter.fetch_original(session, delivery)
+
+    async def _publish(self, delivery: Delivery, end: DeadLetter, original: Original) -> None:
+        built = deadletter.build(original, delivery, end, self._config.max_payload)
+        if built is None:
+            logger.error(
+                "dead letter of %s is larger than jetstream_max_payload even packed; the message "
+                "stays in the stream and is tried again in %d s",
+                delivery.task_id,
+                TOO_BIG_DELAY,
+            )
+            self._acks.nak(delivery.reply, TOO_BIG_DELAY)
+            return
+        body, headers = built
+        message = Message(headers["Nats-Msg-Id"], self._config.dead_letter_subject, body, headers)
+        timeout = max(2.0, self._config.ack_wait / 2)
+        (result,) = await self._publisher.send([message], timeout)
+        result.raise_for_error()
+        self._acks.term(delivery.reply)
+        logger.error(
+            "message %s is a dead letter (%s): %s: %s",
+            delivery.task_id,
+            end.reason,
+            end.error_class,
+            end.error_message,
+            extra={"reason": end.reason, "stream_sequence": delivery.sequence},
+        )
+        signals.message_dead_lettered.send(
+            sender=self, delivery=delivery, reason=end.reason, headers=headers
+        )
+
+    def _again(self, delivery: Delivery, end: DeadLetter, error: str) -> None:
+        delay = self._config.backoff[min(delivery.num_delivered, len(self._config.backoff)) - 1]
+        logger.error(
+            "dead letter of %s (%s) could not be published (%s); it comes again in %g s",
+            delivery.task_id,
+            end.reason,
+            error,
+            delay,
+        )
+        self._acks.nak(delivery.reply, delay)
+
+    def _discard(self, delivery: Delivery, end: DeadLetter) -> None:
+        logger.error(
+            "message %s is given up and destroyed (%s): %s: %s (jetstream_use_dlq is off)",
+            delivery.task_id,
+            end.reason,
+            end.error_class,
+            end.error_message,
+        )
+        self._acks.term(delivery.reply)

@@ -1,0 +1,102 @@
+"""The stream and the consumer that we need, in our words and in the server's.
+
+Receives settings; hands on the fields to ask for. Of what exists already, fields that are not
+asked for stay as found. Pure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .subjects import matches
+
+__all__ = ("NANOSECONDS", "Configuration", "ConsumerSpec", "StreamSpec")
+
+Configuration = dict[str, Any]
+"""A stream's or a consumer's configuration in the server's own words; durations in nanoseconds."""
+
+NANOSECONDS = 1_000_000_000
+"""In a second."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamSpec:
+    """The stream that we need: a work queue on disk that takes our subjects.
+
+    Args:
+        name: The stream's name.
+        subjects: Concrete subjects; one that an existing pattern of the stream covers is there.
+        num_replicas: None is 1 on a new stream and as found on an existing one.
+        duplicate_window: Seconds; None is the server's 120 on a new stream, else as found.
+        max_age: Seconds, 0 is for ever; None is for ever on a new stream, else as found.
+    """
+
+    name: str
+    subjects: tuple[str, ...]
+    num_replicas: int | None = None
+    duplicate_window: float | None = None
+    max_age: float | None = None
+
+    def wanted(self, found: Configuration) -> Configuration:
+        """The fields that we ask for; None is one that must not be set."""
+        wanted: Configuration = {
+            "name": self.name,
+            "subjects": [*(found.get("subjects") or ()), *self.missing_subjects(found)],
+            "retention": "workqueue",
+            "storage": "file",
+            **dict.fromkeys(("mirror", "sealed", "no_ack")),
+        }
+        if self.num_replicas is not None:
+            wanted["num_replicas"] = self.num_replicas
+        if self.duplicate_window is not None:
+            wanted["duplicate_window"] = _nanoseconds(self.duplicate_window)
+        if self.max_age is not None:
+            wanted["max_age"] = age = _nanoseconds(self.max_age)
+            if self.duplicate_window is None and 0 < age < found.get("duplicate_window", 0):
+                wanted["duplicate_window"] = age  # as the server does on create; else 10052
+        return wanted
+
+    def missing_subjects(self, found: Configuration) -> list[str]:
+        """The subjects wanted that no pattern of the stream covers."""
+        there = found.get("subjects") or ()
+        wanted = dict.fromkeys(self.subjects)  # each once, in order
+        return [subject for subject in wanted if not any(matches(p, subject) for p in there)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsumerSpec:
+    """The durable pull consumer that we need: explicit acks, no ``backoff``, no ``max_deliver``.
+
+    Args:
+        stream: The stream that it reads.
+        durable: Its name.
+        filter_subject: The subject whose messages it takes.
+        ack_wait: Seconds until a message is delivered again if nobody said that it is in work.
+        max_ack_pending: How many messages may be delivered and not yet settled.
+    """
+
+    stream: str
+    durable: str
+    filter_subject: str
+    ack_wait: float
+    max_ack_pending: int
+
+    def wanted(self) -> Configuration:
+        """The fields that we ask for; None is one that must not be set."""
+        return {
+            "durable_name": self.durable,
+            "filter_subject": self.filter_subject,
+            "ack_policy": "explicit",
+            "deliver_policy": "all",
+            "replay_policy": "instant",
+            "ack_wait": _nanoseconds(self.ack_wait),
+            "max_ack_pending": self.max_ack_pending,
+            "max_deliver": -1,  # a finite one leaves a message in the work queue for ever, unseen
+            # backoff overrides ack_wait and adds to nak delays; headers_only cuts the events off.
+            **dict.fromkeys(("backoff", "filter_subjects", "headers_only", "deliver_subject")),
+        }
+
+
+def _nanoseconds(seconds: float) -> int:
+    return round(seconds * NANOSECONDS)

@@ -1,0 +1,111 @@
+"""The library's own tasks: ``publish_event``, and the signal hook that uses it.
+
+Both use the current app's JetStream, so that they work in reusable packages.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from celery import current_app, shared_task
+
+from .exceptions import NotConnectedError
+
+__all__ = ("publish_event", "publish_on")
+
+logger = logging.getLogger(__name__)
+
+#: Seconds that a signal's sender may be kept waiting by ``immediate=True``.
+IMMEDIATE_TIMEOUT = 1.0
+
+
+@shared_task(
+    bind=True,
+    name="celery_jetstream.publish_event",
+    max_retries=None,
+    retry_backoff=True,
+    autoretry_for=(NotConnectedError,),
+    retry_backoff_max=60,
+)
+def publish_event(self: Any, **event: Any) -> dict[str, Any]:
+    """Publishes an event as a task: ``publish_event.delay(event_type=…, payload=…)``.
+
+    The arguments are those of ``JetStream.publish``. The ``event_id`` is the task's id unless
+    given, so that a task that the broker delivers twice stores one event. An outage retries the
+    task, for ever, with the same ``event_id``; a refusal fails it.
+
+    Returns:
+        The ``PublishResult`` as a dict.
+
+    Raises:
+        PublishError: JetStream refused the event.
+        EventError: the event cannot be sent.
+    """
+    event.setdefault("event_id", self.request.id)
+    result = self.app.jetstream.publish(**event)
+    if not result.success and result.transient:
+        raise NotConnectedError(result.error)
+    return dict(result.raise_for_error().as_dict())
+
+
+def publish_on(
+    signal: Any,
+    *,
+    event_type: str,
+    sender: Any = None,
+    payload: Callable[..., Any] | None = None,
+    immediate: bool = False,
+    **event: Any,
+) -> Callable[..., None]:
+    """Publishes an event whenever a signal is sent (Celery's, Django's, blinker-like).
+
+    A failure is logged and never reaches the signal's sender. Signals of this library's own
+    tasks are passed over.
+
+    Args:
+        signal: anything with ``connect(receiver, weak=False)``.
+        event_type: the event's type.
+        sender: only signals of this sender: the object itself or its ``.name`` (a task's name);
+            None for all.
+        payload: called with the signal's arguments (``sender=`` and the rest); its result is
+            the payload. Default: the arguments that are plain JSON values.
+        immediate: publish now, one attempt of at most 1 s, and not by ``publish_event.delay``.
+        event: further arguments of ``JetStream.publish``.
+
+    Returns:
+        The receiver, for ``signal.disconnect``.
+    """
+
+    def receiver(signal: Any = None, sender: Any = None, **arguments: Any) -> None:
+        if not _from(wanted, sender):
+            return
+        try:
+            body = payload(sender=sender, **arguments) if payload else _plain(arguments)
+            _publish(immediate, event_type=event_type, payload=body, **event)
+        except Exception:
+            logger.exception("event %s of a signal was not published", event_type)
+
+    wanted = sender
+    signal.connect(receiver, weak=False)
+    return receiver
+
+
+def _publish(immediate: bool, **event: Any) -> None:
+    if immediate:
+        current_app.jetstream.publish(timeout=IMMEDIATE_TIMEOUT, **event).raise_for_error()
+    else:
+        publish_event.apply_async(kwargs=event, retry=False)
+
+
+def _from(wanted: Any, sender: Any) -> bool:
+    name = sender if isinstance(sender, str) else getattr(sender, "name", None)
+    if isinstance(name, str) and name.startswith("celery_jetstream."):
+        return False
+    return wanted is None or wanted in (sender, name)
+
+
+def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    plain = (str, int, float, bool, list, dict, type(None))
+    return {name: value for name, value in arguments.items() if isinstance(value, plain)}
