@@ -22,13 +22,13 @@ from typing import Any
 from nats.aio.msg import Msg
 
 from . import signals
-from .connection import Session
 from .consumer import Pull, is_claim, keep_in_progress
 from .deadletter import Original, fetch_original
 from .delivery import Delivery
 from .dispatcher import Dispatcher
 from .exceptions import ConfigurationError, NotConnectedError
 from .inflight import Flight, InFlight
+from .session import Session
 from .settlement import Nak
 
 __all__ = ("Bridge",)
@@ -172,7 +172,7 @@ class Bridge:
     async def _listen(self, session: Session) -> None:
         """Hears what workers (and other bridges) say about this consumer's messages."""
         subject = f"$JS.ACK.{self.config.stream_name}.{self.config.durable}.>"
-        await session.client.subscribe(subject, cb=self._hear)
+        await session.subscribe(subject, self._hear)
 
     async def _hear(self, message: Msg) -> None:
         with contextlib.suppress(ValueError):

@@ -1,9 +1,9 @@
 """The wire: one NATS connection per process and Celery app, in a daemon loop thread.
 
-Hands on a :class:`Session`: one live client, with one reply inbox shared by everything that
-waits for an answer. Never reconnects inside nats-py: its reconnect can hang, give up for ever,
-or keep a client whose read loop is dead. Here there is one path instead. When a client is lost,
-for whatever reason, it is thrown away and the supervisor opens a new one, for ever, with jitter.
+Hands on a :class:`~celery_jetstream.session.Session`. Never reconnects inside nats-py: its
+reconnect can hang, give up for ever, or keep a client whose read loop is dead. Here there is one
+path instead. When a client is lost, for whatever reason, it is thrown away and the supervisor
+opens a new one, for ever, with jitter.
 
 Threads: every public method of :class:`Connection` may be called from any thread but the loop
 thread itself. Forks: a child starts with no connection and opens its own when it needs one;
@@ -20,7 +20,6 @@ import os
 import random
 import socket
 import ssl
-import sys
 import threading
 import time
 import weakref
@@ -29,15 +28,12 @@ from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import TimeoutError as ThreadTimeoutError
 from typing import Any, TypeVar
 
-from nats.aio.client import Client
-from nats.aio.msg import Msg
-from nats.errors import Error as NatsError
-
 from .config import Config
-from .exceptions import ConnectionRefusedByServer, EventError, NotConnectedError
-from .headers import wire_size
+from .exceptions import ConnectionRefusedByServer, NotConnectedError
+from .session import Client, Session, clients
+from .threads import start_native_thread, wait
 
-__all__ = ("Connection", "NoResponders", "Session")
+__all__ = ("Connection",)
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +55,6 @@ CLIENT_DEFAULTS: Mapping[str, Any] = {
     "max_outstanding_pings": 2,
     "flush_timeout": 2,
 }
-#: Unacknowledged bytes for this long (milliseconds) make the kernel give the socket up (Linux).
-TCP_USER_TIMEOUT_MS = 5_000
-WATCH_INTERVAL = 0.5
 RECONNECT_DELAY = (0.1, 2.0)
 REFUSED_DELAY = 5.0
 #: A session that lasts less counts as a failed attempt: a server that accepts us and throws us
@@ -69,220 +62,6 @@ REFUSED_DELAY = 5.0
 SHORT_LIFE = 5.0
 #: Seconds that one ``on_session`` hook may take.
 HOOK_TIMEOUT = 5.0
-
-
-class NoResponders(NotConnectedError):
-    """Nobody listens on the subject: no stream, no consumer, or an election (NATS 503)."""
-
-
-class Session:
-    """One live client. Ends once and for all when :attr:`lost` is set; use in the loop thread."""
-
-    def __init__(self, client: _Client) -> None:
-        self.client = client
-        self.lost: asyncio.Event = asyncio.Event()
-        self.error: BaseException | None = None
-        self._check = asyncio.Event()
-        self._waiting: dict[str, asyncio.Future[Msg]] = {}
-        self._tokens = itertools.count()
-        self._prefix = ""
-
-    async def open(self, url: str, timeout: float, **options: Any) -> None:
-        """Connects, or raises what went wrong and leaves nothing behind."""
-        try:
-            await asyncio.wait_for(
-                self.client.connect(
-                    servers=[url],
-                    allow_reconnect=False,
-                    max_reconnect_attempts=1,
-                    reconnect_time_wait=0,
-                    error_cb=self._on_error,
-                    disconnected_cb=self._on_lost,
-                    closed_cb=self._on_lost,
-                    lame_duck_mode_cb=self._on_lame_duck,
-                    **options,
-                ),
-                timeout,
-            )
-            if not self.client.is_connected:  # nats-py takes an EOF for a PONG
-                raise NotConnectedError("the NATS server closed the connection at once")
-            self.client.tune_socket()
-            self._prefix = self.client.new_inbox() + "."
-            await self.client.subscribe(self._prefix + "*", cb=self._on_reply)
-        except BaseException as error:
-            self.client.abort()
-            if self.error is None or not isinstance(error, Exception):
-                raise
-            # nats-py reports the cause to its callback and raises "no servers available"
-            raise self.error from error
-
-    async def watch(self) -> None:
-        """Returns when the client is of no more use: closed, stale, or its read loop dead."""
-        while not self.lost.is_set() and self.client.alive:
-            self._check.clear()
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._check.wait(), WATCH_INTERVAL)
-
-    def end(self) -> None:
-        """Drops the client at once and fails whatever waits for an answer."""
-        self.lost.set()
-        self._check.set()
-        self.client.abort()
-        for future in self._waiting.values():
-            if not future.done():
-                future.set_exception(NotConnectedError("the NATS connection was lost"))
-                future.exception()  # whoever stopped waiting is not to be warned about
-
-    async def send(
-        self, subject: str, payload: bytes = b"", headers: dict[str, str] | None = None
-    ) -> asyncio.Future[Msg]:
-        """Publishes with a reply subject; the future is the answer.
-
-        The future fails with :class:`NoResponders` (503) or
-        :class:`~celery_jetstream.exceptions.NotConnectedError`; a caller that stops waiting
-        cancels it.
-
-        Raises:
-            EventError: larger than the server takes; sent, it would cost the connection.
-            NotConnectedError: it cannot be sent now.
-        """
-        if self.lost.is_set():
-            raise NotConnectedError("the NATS connection was lost")
-        size, limit = wire_size(payload, headers), self.client.max_payload
-        if size > limit:
-            raise EventError(f"{size} bytes with headers, and the server takes {limit} at most")
-        token = str(next(self._tokens))
-        future: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
-        self._waiting[token] = future
-        future.add_done_callback(lambda _: self._waiting.pop(token, None))
-        try:
-            await self.client.publish(subject, payload, self._prefix + token, headers)
-        except (NatsError, OSError) as error:
-            future.cancel()
-            raise NotConnectedError(f"could not send to NATS: {error!r}") from error
-        except BaseException:
-            future.cancel()
-            raise
-        return future
-
-    async def ask(
-        self,
-        subject: str,
-        payload: bytes = b"",
-        headers: dict[str, str] | None = None,
-        *,
-        timeout: float = 5.0,
-    ) -> Msg:
-        """Sends and waits for the answer, at most ``timeout`` seconds.
-
-        Raises:
-            NotConnectedError: no answer in time, no responders, or the connection was lost.
-        """
-        future = await self.send(subject, payload, headers)
-        try:
-            return await asyncio.wait_for(future, timeout)
-        except asyncio.TimeoutError:
-            raise NotConnectedError(f"no answer from {subject} in {timeout:g} s") from None
-
-    async def publish(
-        self, subject: str, payload: bytes = b"", headers: dict[str, str] | None = None
-    ) -> None:
-        """Publishes without an answer; raises ``NotConnectedError`` where that cannot be."""
-        try:
-            await self.client.publish(subject, payload, headers=headers)
-        except (NatsError, OSError) as error:
-            raise NotConnectedError(f"could not send to NATS: {error!r}") from error
-
-    # -- what nats-py calls: never raises (that would kill its read loop), never blocks ----------
-
-    async def _on_reply(self, message: Msg) -> None:
-        future = self._waiting.get(message.subject[len(self._prefix) :])
-        if future is None or future.done():
-            return
-        if message.headers and message.headers.get("Status") == "503":
-            future.set_exception(NoResponders(f"no responders: {message.subject}"))
-        else:
-            future.set_result(message)
-
-    async def _on_error(self, error: BaseException) -> None:
-        self.error = error
-        self._check.set()
-        if "permissions violation" in str(error).lower():
-            logger.error("NATS denied an operation: %s", error)
-
-    async def _on_lost(self) -> None:
-        self.lost.set()
-        self._check.set()
-
-    async def _on_lame_duck(self) -> None:
-        logger.warning("NATS server is shutting down (lame duck); moving to another")
-        await self._on_lost()
-
-
-class _Client(Client):
-    """nats-py's client with the three things that its public API does not give.
-
-    What is not public of nats-py is used here only (tried on 2.10 to 2.16):
-    ``_connect_command``, the tasks, ``_status`` and ``_transport._io_writer``.
-    """
-
-    def __init__(self, *, tls_wanted: bool) -> None:
-        super().__init__()
-        self._tls_wanted = tls_wanted
-        _clients.add(self)
-
-    def _connect_command(self) -> bytes:
-        """Refuses to send credentials in clear text where TLS was asked for."""
-        if self._tls_wanted and not self.encrypted:
-            raise ConnectionRefusedByServer(
-                "TLS was asked for (a tls:// URL or jetstream_nats_options['tls']), but the "
-                "server does not offer it: nothing was sent. Turn TLS on at the server, or use "
-                "a nats:// URL without TLS options."
-            )
-        command: bytes = super()._connect_command()
-        return command
-
-    @property
-    def alive(self) -> bool:
-        """Connected, and something still reads what the server sends."""
-        reader = self._reading_task
-        return bool(self.is_connected and reader is not None and not reader.done())
-
-    @property
-    def encrypted(self) -> bool:
-        """What is sent now is sent through TLS."""
-        server = self._current_server
-        over_wss = server is not None and server.uri.scheme == "wss"
-        return over_wss or self._socket_info("ssl_object") is not None
-
-    def tune_socket(self) -> None:
-        """Lets the kernel notice a hung peer, also while data is unsent."""
-        sock = self._socket_info("socket")
-        if sock is not None:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            if hasattr(socket, "TCP_USER_TIMEOUT"):
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, TCP_USER_TIMEOUT_MS)
-
-    def abort(self) -> None:
-        """Closes the socket now, sent or unsent, without waiting for the peer."""
-        self._status = Client.CLOSED
-        tasks = [self._reading_task, self._ping_interval_task, self._flusher_task]
-        tasks += [subscription._wait_for_msgs_task for subscription in self._subs.values()]
-        for task in tasks:
-            if task is not None:
-                task.cancel()
-        writer = getattr(self._transport, "_io_writer", None)
-        if writer is not None:
-            writer.transport.abort()
-
-    def fileno(self) -> int:
-        """The socket's descriptor; -1 where there is none."""
-        sock = self._socket_info("socket")
-        return -1 if sock is None else int(sock.fileno())
-
-    def _socket_info(self, name: str) -> Any:
-        writer = getattr(self._transport, "_io_writer", None)
-        return None if writer is None else writer.get_extra_info(name)
 
 
 class Connection:
@@ -342,8 +121,8 @@ class Connection:
                 stopped = threading.Event()
                 self._forget_attempts()
                 self._state = CONNECTING
-                _start_native_thread(self._run_loop, started, self._stopped, stopped)
-                self._loop, self._stopped = _wait(started, None), stopped
+                start_native_thread(self._run_loop, started, self._stopped, stopped)
+                self._loop, self._stopped = wait(started, None), stopped
             return self._loop
 
     def connect(self) -> None:
@@ -415,7 +194,7 @@ class Connection:
             )
         future = self.submit(function, *args)
         try:
-            return _wait(future, timeout)
+            return wait(future, timeout)
         except ThreadTimeoutError:
             if future.done():  # the coroutine's own
                 raise
@@ -558,7 +337,7 @@ class Connection:
 
     async def _open(self, url: str) -> Session:
         options = {**CLIENT_DEFAULTS, "name": self._name(), **self.config.nats_options}
-        session = Session(_Client(tls_wanted=self.config.tls_wanted))
+        session = Session(Client(tls_wanted=self.config.tls_wanted))
         try:
             await session.open(url, 2 * options["connect_timeout"] + 1, **options)
         except Exception as error:
@@ -657,17 +436,16 @@ def _classify(error: BaseException) -> NotConnectedError:
 # -- threads and forks ---------------------------------------------------------------------------
 
 _connections: weakref.WeakSet[Connection] = weakref.WeakSet()
-_clients: weakref.WeakSet[_Client] = weakref.WeakSet()
 _inherited: list[object] = []
 
 
 def _forget_in_child() -> None:
     """In a forked child: no thread, no session. The parent's sockets are closed here only."""
-    for client in list(_clients):
+    for client in list(clients):
         _inherited.append(client)  # for ever: what finalizes it would close another's descriptor
         with contextlib.suppress(OSError):
             os.close(client.fileno())
-        _clients.discard(client)
+        clients.discard(client)
     for connection in list(_connections):
         _inherited.append((connection._loop, connection._session, connection._waiters))
         connection._reset()
@@ -682,35 +460,3 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_in_child)
-
-
-def _gevent_hub() -> Any:
-    """gevent's hub where gevent has patched threading, else None."""
-    monkey = sys.modules.get("gevent.monkey")
-    if monkey is None or not monkey.is_module_patched("threading"):
-        return None
-    import gevent
-
-    return gevent.get_hub()
-
-
-def _start_native_thread(target: Callable[..., None], *args: Any) -> None:
-    """Starts an operating-system thread, also where gevent has replaced threads by greenlets.
-
-    In a greenlet the running loop would be seen by the whole thread, and every ``asyncio.run``
-    of a handler would fail.
-    """
-    hub = _gevent_hub()
-    if hub is not None:
-        hub.threadpool.spawn(target, *args)
-    else:
-        threading.Thread(target=target, args=args, name="jetstream-nats", daemon=True).start()
-
-
-def _wait(future: ThreadFuture[T], timeout: float | None) -> T:
-    hub = _gevent_hub()
-    if hub is None:
-        return future.result(timeout)
-    # gevent: wait in a native thread, so that the other greenlets go on
-    result: T = hub.threadpool.apply(future.result, (timeout,))
-    return result

@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
-from .connection import Connection, Session
+from .connection import Connection
 from .exceptions import NotConnectedError
+from .session import Session
 
 __all__ = ("CLAIM_HEADER", "Acks", "Pull", "is_claim", "keep_in_progress")
 
@@ -247,7 +248,7 @@ class Pull:
     async def _pull(self, session: Session) -> None:
         """Pulls with one inbox, until something is wrong with it."""
         inbox = session.client.new_inbox()
-        self._subscription = await session.client.subscribe(inbox, cb=self._receive)
+        self._subscription = await session.subscribe(inbox, self._receive)
         self._asked, self._missing = 0, False
         self._heard = time.monotonic()
         try:
@@ -291,7 +292,7 @@ class Pull:
         if self._asked == 0:
             self._heard = time.monotonic()
         self._asked += wanted
-        await session.client.publish(self._subject, json.dumps(request).encode(), reply=inbox)
+        await session.publish(self._subject, json.dumps(request).encode(), reply=inbox)
 
     def _wanted(self) -> int:
         return min(self._batch, self._room()) - self._asked

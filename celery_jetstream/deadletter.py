@@ -17,10 +17,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
-from .connection import Session
 from .delivery import Delivery
 from .exceptions import NotConnectedError
 from .headers import wire_size
+from .session import Session
 from .settlement import DeadLetter
 
 __all__ = ("Original", "build", "fetch_original")

@@ -22,12 +22,13 @@ from celery import signals as celery_signals
 
 from . import plans, signals, specs, topology
 from .config import Config
-from .connection import Connection, NoResponders
+from .connection import Connection
 from .events import Event
 from .exceptions import ConfigurationError, EventError, NotConnectedError
 from .handlers import Handlers
 from .publisher import Message, Publisher, PublishResult
 from .request import HandBack, Keeper
+from .session import NoResponders
 from .settler import Settler
 
 __all__ = ("JetStream",)
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds that ``publish`` tries: an election takes 4 to 6 s.
 PUBLISH_TIMEOUT = 15.0
+#: Seconds beyond that, for a loop thread that is kept busy (a receiver that blocks it).
+SEND_GRACE = 5.0
 #: Seconds between two looks at the topology because a stream was missing.
 ENSURE_INTERVAL = 2.0
 
@@ -221,14 +224,19 @@ class JetStream:
 
     def _send(self, messages: list[Message], timeout: float) -> list[PublishResult]:
         self._before(messages)
-        results = self.connection.run(self.publisher.send, messages, timeout)
+        results = self.connection.run(
+            self.publisher.send, messages, timeout, timeout=timeout + SEND_GRACE
+        )
         self._after(messages, results)
         return results
 
     def _before(self, messages: list[Message]) -> None:
         for message in messages:
             signals.before_event_publish.send(
-                sender=self, event=message.event, subject=message.subject, headers=message.headers
+                sender=self,
+                event=message.event,
+                subject=message.subject,
+                headers=dict(message.headers),
             )
 
     def _after(self, messages: list[Message], results: list[PublishResult]) -> None:

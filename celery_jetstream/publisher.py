@@ -20,10 +20,11 @@ from nats.aio.msg import Msg
 
 from . import events, subjects
 from .config import Config
-from .connection import Connection, NoResponders, Session
+from .connection import Connection
 from .events import Event
 from .exceptions import ConnectionRefusedByServer, EventError, NotConnectedError, PublishError
 from .headers import validate_headers, wire_size
+from .session import NoResponders, Session
 
 __all__ = ("Message", "PublishResult", "Publisher")
 

@@ -107,7 +107,7 @@ class Settler:
         return await deadletter.fetch_original(session, delivery)
 
     async def _publish(self, delivery: Delivery, end: DeadLetter, original: Original) -> None:
-        built = deadletter.build(original, delivery, end, self._config.max_payload)
+        built = deadletter.build(original, delivery, end, self._connection.max_payload)
         if built is None:
             logger.error(
                 "dead letter of %s is larger than jetstream_max_payload even packed; the message "

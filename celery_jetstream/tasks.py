@@ -59,7 +59,7 @@ def publish_on(
     immediate: bool = False,
     **event: Any,
 ) -> Callable[..., None]:
-    """Publishes an event whenever a signal is sent (Celery's, Django's, blinker-like).
+    """Publishes an event whenever a signal is sent (Celery's, Django's).
 
     A failure is logged and never reaches the signal's sender. Signals of this library's own
     tasks are passed over.

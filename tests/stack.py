@@ -142,9 +142,7 @@ class Stack:
         """Starts ``celery -A tests.apps.desk …``; ``extra`` goes to its environment."""
         name = f"{arguments[0]}-{len(self._processes)}.log"
         command = [sys.executable, "-m", "celery", "-A", app, *arguments]
-        process = CeleryProcess(
-            self.directory / name, command, {**self.environment, **extra}
-        )
+        process = CeleryProcess(self.directory / name, command, {**self.environment, **extra})
         self._processes.append(process)
         return process
 
@@ -269,9 +267,7 @@ class Stack:
 
     def _stored(self) -> dict[str, int]:
         """Messages by subject."""
-        answer = self.api(
-            f"STREAM.INFO.{self.names.stream_name}", {"subjects_filter": ">"}
-        )
+        answer = self.api(f"STREAM.INFO.{self.names.stream_name}", {"subjects_filter": ">"})
         if "error" in answer:
             return {}
         found: dict[str, int] = answer["state"].get("subjects") or {}
@@ -295,5 +291,3 @@ def handled_all(stack: Stack, event_ids: list[str]) -> int:
     missing = set(event_ids) - set(lines)
     assert not missing, f"{len(missing)} of {len(event_ids)} were never handled"
     return len(lines) - len(set(lines))
-
-

@@ -27,12 +27,13 @@ from nats.aio.client import Client
 
 from celery_jetstream import JetStream
 from celery_jetstream.config import Config
-from celery_jetstream.connection import Connection, NoResponders, Session
+from celery_jetstream.connection import Connection
 from celery_jetstream.exceptions import (
     ConnectionRefusedByServer,
     EventError,
     NotConnectedError,
 )
+from celery_jetstream.session import NoResponders, Session
 from celery_jetstream.testing import free_port
 from tests.conftest import Names
 from tests.servers import NatsServer, need, wait_until
@@ -720,7 +721,8 @@ def test_a_lame_duck_is_left_for_another_server(
         last = servers.popitem()[0]
 
         def moved() -> bool:
-            return session_of(connection).client.connected_url.port == last and works(connection)
+            url = session_of(connection).client.connected_url  # None in between
+            return url is not None and url.port == last and works(connection)
 
         wait_until(moved, 20, "the connection to move")
 
