@@ -1,0 +1,1 @@
+"""Programs to run and to copy from: ``quickstart`` first, ``demo`` for the whole path."""

@@ -1,0 +1,1 @@
+"""Real webhooks through the whole path: ``python -m examples.demo``, or ``make demo``."""

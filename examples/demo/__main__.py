@@ -1,0 +1,257 @@
+"""Two apps, a bridge, a worker and real webhooks, with nothing to install or start.
+
+Starts a nats-server and a Celery broker made of files in a temporary directory; ``hub`` publishes
+202 webhook deliveries and one message that is no event, ``desk`` handles them. Every number shown
+is asked from the server or read from what the handlers wrote. The exit status is 0 only if all
+that was published was handled or became a dead letter, and only what should.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from celery import Celery
+from rich.console import Console
+
+from celery_jetstream import JetStream
+from celery_jetstream.exceptions import CeleryJetStreamError
+from celery_jetstream.testing import NatsServer
+from examples.demo import processes, view
+from examples.demo.board import Board
+from examples.demo.processes import Program
+from examples.demo.stream import DeadLetter, Stream
+from examples.demo.view import State
+
+POISON = "github.security_advisory."
+#: The worker is the only one of its kind.
+ALONE = ("--without-gossip", "--without-mingle", "--without-heartbeat")
+
+
+class Stopped(Exception):
+    """A signal asked the demo to end."""
+
+
+class Failed(Exception):
+    """The demo cannot go on; says why."""
+
+
+def main() -> int:
+    options = read_options()
+    signals = Signals()
+    directory = Path(tempfile.mkdtemp(prefix="celery-jetstream-demo-")).resolve()
+    console = view.console(stderr=options.json)
+    try:
+        with Demo(directory, options, signals) as demo:
+            with view.Nothing() if options.json else view.screen(console) as screen:
+                demo.run(screen)
+            return report(demo, console, as_json=options.json)
+    except Stopped:
+        console.print("stopped")
+        return 128 + signals.received
+    except (Failed, CeleryJetStreamError) as error:
+        console.print(f"the demo failed: {error}", style="red", markup=False, highlight=False)
+        return 1
+    finally:
+        if options.keep:
+            console.print(f"kept: {directory}", markup=False, soft_wrap=True)
+        else:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def read_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__)
+    parser.add_argument("--events", type=int, help="only the first so many")
+    parser.add_argument("--rate", type=float, default=100, help="events per second; 0: no limit")
+    parser.add_argument("--timeout", type=float, default=60, help="seconds until it has failed")
+    parser.add_argument("--json", action="store_true", help="no display; the sums as JSON")
+    parser.add_argument("--keep", action="store_true", help="keep the directory with the logs")
+    return parser.parse_args()
+
+
+class Signals:
+    """SIGINT, SIGTERM and SIGHUP set a mark, which the demo looks at ten times a second.
+
+    Nothing is raised where a signal happens to arrive: that could leave a process behind.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, _: object) -> None:
+        self.received = self.received or number
+
+
+class Demo:
+    """Everything that runs, from start to end."""
+
+    def __init__(self, directory: Path, options: argparse.Namespace, signals: Signals) -> None:
+        self._directory = directory
+        self._options = options
+        self._signals = signals
+        self._began = time.monotonic()
+        self._server = NatsServer(directory / "nats")
+        self._programs: list[Program] = []
+        self._record = directory / "published"
+        self._board = Board(directory / "board.sqlite3")
+        app = Celery("watcher", set_as_current=False)
+        app.conf.update(jetstream_app_name="hub", jetstream_destination_app="desk")
+        app.conf.update(jetstream_nats_urls=self._server.url)
+        self._jetstream = JetStream(app)
+        self._stream = Stream(self._jetstream)
+        self.state = State()
+        self.seconds = 0.0
+
+    def __enter__(self) -> Demo:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._jetstream.close()
+        processes.end(self._programs, patience=3)
+        self._server.stop()
+
+    # -- the demo --------------------------------------------------------------------------------
+
+    def run(self, screen: view.Nothing) -> None:
+        """Starts everything, and returns when everything is settled."""
+        self._server.start()
+        self._board.make()
+        celery = ["-m", "celery", "-A", "examples.demo.desk"]
+        worker = self._start("worker", *celery, "worker", "-c", "2", "-l", "INFO", *ALONE)
+        self._start("hub", "-m", "examples.demo.hub", *self._hub_options())
+        # The queue is the worker's to declare: with files, two at a time may trip over each other.
+        self._wait(lambda: worker.says(" ready."), "starting", screen)
+        self._start("bridge", *celery, "jetstream", "bridge")
+        self._wait(self._settled, "running", screen)
+        self.seconds = time.monotonic() - self._began
+
+    def _start(self, name: str, *arguments: str) -> Program:
+        program = Program(
+            name,
+            list(arguments),
+            self._directory / f"{name}.log",
+            DEMO_DIRECTORY=str(self._directory),
+            NATS_URL=self._server.url,
+            TMPDIR=str(self._directory),
+            PYTHONUNBUFFERED="1",
+        )
+        self._programs.append(program)
+        return program
+
+    def _hub_options(self) -> list[str]:
+        options = [f"--rate={self._options.rate}", f"--record={self._record}"]
+        if self._options.events is not None:
+            options.append(f"--events={self._options.events}")
+        return options
+
+    def _wait(self, condition: Callable[[], bool], step: str, screen: view.Nothing) -> None:
+        while True:
+            self._look(step)
+            screen.show(self.state)
+            if condition():
+                return
+            if self._signals.received:
+                raise Stopped
+            for program in self._programs:
+                if program.status or (program.status == 0 and program.name != "hub"):
+                    raise Failed(program.last_words())
+            if time.monotonic() > self._began + self._options.timeout:
+                logs = "\n".join(program.last_words() for program in self._programs)
+                raise Failed(f"not done in {self._options.timeout:g} s: {self.state}\n{logs}")
+            time.sleep(0.1)
+
+    def _look(self, step: str) -> None:
+        published, left = self._stream.counts()
+        self.state = State(
+            step=step,
+            total=max(published, len(self.record())),
+            published=published,
+            handled=len(self.handled()),
+            retried=self._board.retried(),
+            dead_lettered=len(self.dead_letters()),
+            left=left,
+            repositories=self._board.repositories(8),
+            actors=self._board.actors(6),
+        )
+
+    def _settled(self) -> bool:
+        hub = self._programs[1]
+        return hub.status == 0 and self.state.left == 0 < self.state.published
+
+    # -- what came of it -------------------------------------------------------------------------
+
+    def record(self) -> list[dict[str, Any]]:
+        """What the hub says that it has published."""
+        if not self._record.exists():
+            return []
+        text = self._record.read_text()
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def handled(self) -> set[str]:
+        return self._board.handled()
+
+    def dead_letters(self) -> list[DeadLetter]:
+        return self._stream.dead_letters()
+
+
+def report(demo: Demo, console: Console, *, as_json: bool) -> int:
+    """Prints the sums; returns the exit status."""
+    state, wrong = demo.state, list(faults(demo))
+    if as_json:
+        print(json.dumps(numbers(demo, wrong), indent=2))
+    else:
+        console.print(view.activity(state), view.letters(demo.dead_letters()), view.sums(state))
+        if not wrong:
+            console.print(f"It adds up, after {demo.seconds:.1f} s.", style="green")
+        for fault in wrong:
+            console.print(fault, style="red", markup=False)
+    return 1 if wrong else 0
+
+
+def faults(demo: Demo) -> list[str]:
+    """What does not add up, by the ids of the events and not only by their number."""
+    state, record = demo.state, demo.record()
+    published = {line["event_id"] for line in record if line["event_id"]}
+    poison = {line["event_id"] for line in record if line["event_type"].startswith(POISON)}
+    dead = {(letter.event_id, letter.reason) for letter in demo.dead_letters()}
+    expected = {(event_id, "unrecoverable_error") for event_id in poison}
+    expected |= {("", "malformed_json") for line in record if not line["event_id"]}
+    found = {
+        f"published {state.published} is not handled {state.handled} + dead-lettered "
+        f"{state.dead_lettered}": state.published != state.handled + state.dead_lettered,
+        f"the hub published {len(record)}, the stream took {state.published}": (
+            len(record) != state.published
+        ),
+        f"{state.left} messages are left in the stream": state.left > 0,
+        f"not handled: {sorted(published - poison - demo.handled())}": (
+            published - poison != demo.handled()
+        ),
+        f"dead letters are {sorted(dead)}, expected {sorted(expected)}": dead != expected,
+    }
+    return [fault for fault, is_there in found.items() if is_there]
+
+
+def numbers(demo: Demo, wrong: list[str]) -> dict[str, Any]:
+    names = ("published", "handled", "retried", "dead_lettered", "left")
+    return {
+        **{name: getattr(demo.state, name) for name in names},
+        "adds_up": not wrong,
+        "faults": wrong,
+        "dead_letters": [dataclasses.asdict(letter) for letter in demo.dead_letters()],
+        "seconds": round(demo.seconds, 1),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
