@@ -7,12 +7,13 @@ ARGS ?=
 
 PYTHON := .venv/bin/python
 READY := .venv/.ready
+OLDEST := .venv-oldest
 UV := $(shell command -v uv 2>/dev/null)
 SOURCES := celery_jetstream tests $(wildcard examples benchmarks)
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types imports crash bench format lock clean
+.PHONY: help demo test check lint types imports oldest crash bench format lock clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -36,6 +37,9 @@ types: $(READY) ## mypy, strict
 imports: $(READY) ## imports point down, pure modules do no I/O
 	@.venv/bin/lint-imports --no-logo > .venv/imports.log 2>&1 || { cat .venv/imports.log; exit 1; }
 
+oldest: $(OLDEST)/.ready ## the settlement suite on the oldest Celery and nats-py that we support
+	@$(OLDEST)/bin/python -m pytest tests/integration/test_settlement.py $(ARGS)
+
 crash: $(READY) ## the crash tests, ROUNDS times each
 	@$(PYTHON) -m pytest tests/crash --rounds=$(ROUNDS) --timeout=0 $(ARGS)
 
@@ -46,29 +50,34 @@ format: $(READY) ## write the code as ruff wants it
 	@$(PYTHON) -m ruff check --fix --quiet $(SOURCES) || true
 	@$(PYTHON) -m ruff format --quiet $(SOURCES)
 
-lock: $(READY) ## requirements.lock anew; ARGS="--upgrade" for the newest
+lock: $(READY) ## both locks anew; ARGS="--upgrade" for the newest
 	@$(if $(UV),,$(PYTHON) -m pip install --quiet uv)
-	@$(or $(UV),.venv/bin/uv) pip compile pyproject.toml --quiet --universal --python-version 3.10 \
-		--all-extras --generate-hashes --custom-compile-command "make lock" \
-		--output-file requirements.lock $(ARGS)
+	@$(compile) --output-file requirements.lock $(ARGS)
+	@$(compile) --output-file requirements-oldest.lock --constraint requirements-oldest.txt $(ARGS)
+compile = $(or $(UV),.venv/bin/uv) pip compile pyproject.toml --quiet --universal \
+	--python-version 3.10 --all-extras --generate-hashes --custom-compile-command "make lock"
 
 clean: ## what was built and installed here
-	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	@rm -rf .venv $(OLDEST) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
 	@find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): requirements.lock pyproject.toml
+	$(call set_up,.venv,requirements.lock)
+
+$(OLDEST)/.ready: requirements-oldest.lock pyproject.toml
+	$(call set_up,$(OLDEST),requirements-oldest.lock)
+
+# $(call set_up,environment,lock): the environment with what the lock pins, and this project
+define set_up
 	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
 		echo "Python 3.10 or newer is needed; $(PYTHON3) is" \
 			"$$($(PYTHON3) --version 2>/dev/null || echo not there)."; \
 		echo "Name another one: make PYTHON3=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; } >&2
-	@echo "setting up .venv …"
-	@$(PYTHON) -c '' 2>/dev/null || $(if $(UV),$(UV) venv --quiet --clear --no-python-downloads --python $(PYTHON3) .venv,$(PYTHON3) -m venv --clear .venv)
-ifneq ($(UV),)
-	@$(UV) pip install --quiet --python $(PYTHON) --require-hashes -r requirements.lock
-	@$(UV) pip install --quiet --python $(PYTHON) --no-deps --no-build-isolation -e .
-else
-	@$(PYTHON) -m pip --version > /dev/null 2>&1 || $(PYTHON) -m ensurepip > /dev/null
-	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
-	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
-endif
+	@echo "setting up $(1) …"
+	@$(1)/bin/python -c '' 2>/dev/null || $(if $(UV),$(UV) venv --quiet --clear --no-python-downloads --python $(PYTHON3) $(1),$(PYTHON3) -m venv --clear $(1))
+	@$(if $(UV),,$(1)/bin/python -m pip --version > /dev/null 2>&1 || $(1)/bin/python -m ensurepip > /dev/null)
+	@$(call install,$(1)) --require-hashes -r $(2)
+	@$(call install,$(1)) --no-deps --no-build-isolation -e .
 	@touch $@
+endef
+install = $(if $(UV),$(UV) pip install --quiet --python $(1)/bin/python,$(1)/bin/python -m pip install --quiet --disable-pip-version-check)
