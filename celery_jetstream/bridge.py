@@ -74,6 +74,7 @@ class Bridge:
         self._flights = InFlight(
             capacity=config.max_ack_pending, lease=config.lease, grace=config.ack_wait
         )
+        self._worth_asking = max(1, min(config.batch_size, config.max_ack_pending) // 4)
         self._lock = threading.Lock()
         self._work = threading.Event()
         self._told: SimpleQueue[None] = SimpleQueue()
@@ -182,15 +183,16 @@ class Bridge:
                 return
             with self._lock:
                 if message.data.startswith(b"-NAK"):
-                    changed = self._flights.handed_back(delivery.sequence, delivery.num_delivered)
+                    self._flights.handed_back(delivery.sequence, delivery.num_delivered)
                 else:
-                    changed = self._flights.leave(delivery.sequence)
-            if changed:
-                self._made_room()
+                    self._flights.leave(delivery.sequence)
+            self._made_room()
 
     def _made_room(self) -> None:
-        self._work.set()
-        if self._pull is not None:
+        """Wakes the others only when it is worth it: this is done for each message."""
+        if self._flights.ready:
+            self._work.set()
+        if self._pull is not None and self._flights.room >= self._worth_asking:
             self._pull.more()
 
     async def _keep(self) -> None:

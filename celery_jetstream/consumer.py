@@ -40,6 +40,7 @@ RESEND_INTERVAL = 1.0
 EXPIRES = 30.0
 HEARTBEAT = 5.0
 RETRY_PAUSE = (0.25, 2.0)
+#: Seconds over which what comes one by one is gathered while much is coming.
 GATHER_INTERVAL = 0.02
 
 
@@ -76,6 +77,9 @@ class _Unconfirmed:
 class Acks:
     """Sends each settlement until the server has confirmed it.
 
+    The first at once, those that follow it closely together: waking a thread for each costs more
+    than the settlement.
+
     Resends while unanswered, through lost connections and elections (503), for ``patience``
     seconds; a settlement that is later than that is without effect anyway, for the message has
     been delivered again.
@@ -89,6 +93,7 @@ class Acks:
         self._sender: asyncio.Task[None] | None = None
         self._wake: asyncio.Event | None = None
         self._scheduled = False
+        self._sent = 0.0
 
     def ack(self, reply: str) -> None:
         """Any thread; does not wait."""
@@ -105,7 +110,7 @@ class Acks:
     def put(self, reply: str, body: bytes) -> None:
         """Hands over to the loop thread, with one wake-up for a burst."""
         self._new.append(_Unconfirmed(reply, body, time.monotonic() + self._patience))
-        if not self._scheduled:
+        if not self._scheduled or self._sender is None or self._sender.done():
             self._scheduled = True
             self._connection.call_soon(self._kick)
 
@@ -122,7 +127,6 @@ class Acks:
         return self.unconfirmed
 
     def _kick(self) -> None:
-        self._scheduled = False
         if self._sender is None or self._sender.done() or self._wake is None:
             self._wake = asyncio.Event()
             self._sender = asyncio.get_running_loop().create_task(self._run(self._wake))
@@ -131,6 +135,7 @@ class Acks:
     async def _run(self, wake: asyncio.Event) -> None:
         while True:
             wake.clear()
+            await asyncio.sleep(self._sent + GATHER_INTERVAL - time.monotonic())
             try:
                 await self._send_due()
             except NotConnectedError:
@@ -145,6 +150,9 @@ class Acks:
 
     async def _send_due(self) -> None:
         session = await self._connection.session(timeout=60)
+        self._scheduled = False
+        if self._new:
+            self._sent = time.monotonic()
         while self._new:
             entry = self._new.popleft()
             self._unconfirmed.add(entry)

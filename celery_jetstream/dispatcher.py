@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 from celery import Celery
@@ -111,10 +112,11 @@ class Dispatcher:
             self._producer = self._app.amqp.Producer(
                 self._app.connection_for_write(), auto_declare=False
             )
+        expires = (self._app.now() + timedelta(seconds=self._config.lease)).isoformat()
         try:
             with _batch(self._producer, len(flights)):
                 for flight in flights:
-                    self._send_one(flight)
+                    self._send_one(flight, expires if flight.expires else None)
         except BaseException:
             self.close()
             raise
@@ -137,7 +139,7 @@ class Dispatcher:
             with contextlib.suppress(Exception):
                 producer.connection.collect()
 
-    def _send_one(self, flight: Flight) -> None:
+    def _send_one(self, flight: Flight, expires: str | None) -> None:
         task, delivery = flight.task, flight.delivery
         message = self._app.amqp.create_task_message(
             delivery.task_id,
@@ -145,7 +147,7 @@ class Dispatcher:
             (flight.envelope,),
             {},
             retries=delivery.num_delivered - 1,
-            expires=self._config.lease if flight.expires else None,
+            expires=expires,
             ignore_result=task.ignore_result,
             time_limit=task.time_limit,
             soft_time_limit=task.soft_time_limit,

@@ -31,6 +31,7 @@ class Flight:
         queue: the Celery queue's name.
         dispatched_at: when its last copy was sent; None while it waits.
         copies: how many copies were sent.
+        admitted: whether it has a place in its queue's share.
         expires: whether its copy expires with the lease. One sent because the last was lost is
             alone, and need not (a worker whose clock is ahead finds every other copy expired).
     """
@@ -44,6 +45,7 @@ class Flight:
     queue: str = ""
     dispatched_at: float | None = None
     copies: int = 0
+    admitted: bool = False
     expires: bool = True
 
 
@@ -60,6 +62,7 @@ class InFlight:
     def __init__(self, *, capacity: int, lease: float, grace: float) -> None:
         self.capacity = capacity
         self.share = max(1, capacity // 4)
+        self._block = max(1, self.share // 4)
         self._lease = lease + grace
         self._flights: dict[int, Flight] = {}
         self._ready: deque[Flight] = deque()
@@ -76,6 +79,11 @@ class InFlight:
     def room(self) -> int:
         """How many more messages may be taken."""
         return self.capacity - len(self._flights)
+
+    @property
+    def ready(self) -> bool:
+        """Whether something is to be dispatched."""
+        return bool(self._ready)
 
     @property
     def replies(self) -> list[str]:
@@ -119,7 +127,6 @@ class InFlight:
         back = [f for f in flights if self._flights.get(f.delivery.sequence) is f]
         for flight in back:
             flight.dispatched_at = None
-            self._dispatched[flight.queue] -= 1
         self._ready.extendleft(reversed(back))
 
     def dispatch(self, flights: Iterable[Flight], now: float) -> list[Flight]:
@@ -129,11 +136,10 @@ class InFlight:
         """
         admitted = []
         for flight in flights:
-            if flight.dispatched_at is None:
-                if self._dispatched[flight.queue] >= self.share:
-                    self._held_back[flight.queue].append(flight)
-                    continue
-                self._dispatched[flight.queue] += 1
+            if not flight.admitted and self._dispatched[flight.queue] >= self.share:
+                self._held_back[flight.queue].append(flight)
+                continue
+            self._admit(flight)
             flight.dispatched_at = now
             flight.copies += 1
             admitted.append(flight)
@@ -144,19 +150,27 @@ class InFlight:
         flight = self._flights.pop(sequence, None)
         if flight is None:
             return False
-        if flight.dispatched_at is not None:
+        if flight.admitted:
             self._dispatched[flight.queue] -= 1
             self._departed[flight.queue] += 1
             self._admit_next(flight.queue)
         return True
 
+    def _admit(self, flight: Flight) -> None:
+        if not flight.admitted:
+            flight.admitted = True
+            self._dispatched[flight.queue] += 1
+
     def _admit_next(self, queue: str) -> None:
+        """Fills the queue's share again, a block at a time: one by one costs a send each."""
+        if self.share - self._dispatched[queue] < self._block:
+            return
         waiting = self._held_back.get(queue)
-        while waiting:
+        while waiting and self._dispatched[queue] < self.share:
             flight = waiting.popleft()
             if self._flights.get(flight.delivery.sequence) is flight:
+                self._admit(flight)
                 self._ready.append(flight)
-                return
 
     def handed_back(self, sequence: int, num_delivered: int) -> bool:
         """A worker asked for redelivery of that delivery.
