@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -416,3 +418,29 @@ def test_a_dead_letter_that_cannot_be_stored_loses_nothing(make_stack: MakeStack
     stack.api(f"STREAM.UPDATE.{stream}", config)
     wait_until(lambda: stack.dead_count() == 1, 40, "the dead letter")
     stack.wait_settled()
+
+
+def test_a_body_larger_than_any_event_becomes_a_packed_dead_letter(make_stack: MakeStack) -> None:
+    """A foreign producer on a server that takes more than we do."""
+    with NatsServer(config="max_payload: 8MB") as server:
+        stack = make_stack(nats_url=server.url)
+        bridge = stack.bridge()
+        large, noise = b"x" * 2_000_000, os.urandom(2_000_000)
+        publish_raw(stack, large)
+        wait_until(lambda: stack.dead_count() == 1, 30, "the dead letter")
+        (letter,) = stack.dead_letters()
+        assert letter["reason"] == "malformed_json"
+        assert letter["headers"]["x-dlq-encoding"] == "gzip"
+        assert gzip.decompress(letter["body"]) == large
+        publish_raw(stack, noise)
+        bridge.wait_for("larger than jetstream_max_payload even packed")
+        assert stack.left() == 1  # kept in the stream, tried again in an hour
+
+
+def publish_raw(stack: Stack, body: bytes) -> None:
+    async def go() -> None:
+        session = await stack.hub.connection.session()
+        subject = f"{stack.names.destination_app}.sync.{stack.names.app_name}"
+        assert "seq" in json.loads((await session.ask(subject, body)).data)
+
+    stack.hub.connection.run(go)
