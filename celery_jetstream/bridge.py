@@ -192,8 +192,8 @@ class Bridge:
         """Wakes the others only when it is worth it: this is done for each message."""
         if self._flights.ready:
             self._work.set()
-        if self._pull is not None and self._flights.room >= self._worth_asking:
-            self._pull.more()
+        if self._pull is not None:
+            self._pull.more(soon=self._flights.room < self._worth_asking)
 
     async def _keep(self) -> None:
         """Every ``ack_wait / 3``: all that no worker has claimed stays in progress."""

@@ -94,6 +94,7 @@ class Acks:
         self._wake: asyncio.Event | None = None
         self._scheduled = False
         self._sent = 0.0
+        self._timer: asyncio.TimerHandle | None = None
 
     def ack(self, reply: str) -> None:
         """Any thread; does not wait."""
@@ -128,7 +129,7 @@ class Acks:
 
     def _kick(self) -> None:
         if self._sender is None or self._sender.done() or self._wake is None:
-            self._wake = asyncio.Event()
+            self._wake, self._timer = asyncio.Event(), None
             self._sender = asyncio.get_running_loop().create_task(self._run(self._wake))
         self._wake.set()
 
@@ -144,9 +145,18 @@ class Acks:
                 logger.exception("sending settlements failed; trying on")
                 await asyncio.sleep(1)
             if not self._new:
-                with contextlib.suppress(asyncio.TimeoutError):
-                    timeout = RESEND_INTERVAL / 2 if self._unconfirmed else None
-                    await asyncio.wait_for(wake.wait(), timeout)
+                self._look_again(wake)
+                await wake.wait()
+
+    def _look_again(self, wake: asyncio.Event) -> None:
+        """Wakes the sender for what may have to be sent again (``wait_for`` is dear)."""
+
+        def look() -> None:
+            self._timer = None
+            wake.set()
+
+        if self._unconfirmed and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(RESEND_INTERVAL / 2, look)
 
     async def _send_due(self) -> None:
         session = await self._connection.session(timeout=60)
@@ -212,6 +222,7 @@ class Pull:
         self._on_missing = on_missing
         self._batch = batch
         self._wake = asyncio.Event()
+        self._soon: asyncio.TimerHandle | None = None
         self._subscription: Subscription | None = None
         self._asked = 0
         self._heard = 0.0
@@ -220,8 +231,18 @@ class Pull:
         self._misses = 0
         self._stopping = False
 
-    def more(self) -> None:
-        """There is room again: asks for more. Loop thread."""
+    def more(self, *, soon: bool = False) -> None:
+        """There is room again: asks for more, at once or soon (with what comes until then).
+
+        Loop thread.
+        """
+        if not soon:
+            self._wake.set()
+        elif self._soon is None:
+            self._soon = asyncio.get_running_loop().call_later(GATHER_INTERVAL, self._now)
+
+    def _now(self) -> None:
+        self._soon = None
         self._wake.set()
 
     @property
@@ -287,8 +308,6 @@ class Pull:
     async def _ask(self, session: Session, inbox: str) -> None:
         if self._asked > self._batch // 2:
             return
-        if self._wanted() < self._batch // 4:  # nearly full: not a request for each that leaves
-            await asyncio.sleep(GATHER_INTERVAL)
         wanted = self._wanted()
         if wanted <= 0:
             return

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Any
 
 from celery import Celery
@@ -18,7 +18,7 @@ from kombu.exceptions import OperationalError
 from . import events
 from .config import Config
 from .exceptions import DecodeError
-from .handlers import HEADER, Handlers
+from .handlers import HEADER, LEASE, Handlers
 from .inflight import Flight
 from .settlement import DeadLetter, Nak, Settlement
 
@@ -65,6 +65,8 @@ class Dispatcher:
         self._config = config
         self._handlers = handlers
         self._producer: Any = None
+        self._declared: set[str] = set()
+        self._fixed_routes: dict[str, dict[str, Any]] = {}
         connection = app.connection_for_write()
         self.broker_errors: tuple[type[BaseException], ...] = (
             OperationalError,
@@ -112,11 +114,11 @@ class Dispatcher:
             self._producer = self._app.amqp.Producer(
                 self._app.connection_for_write(), auto_declare=False
             )
-        expires = (self._app.now() + timedelta(seconds=self._config.lease)).isoformat()
+        lease_ends = time.time() + self._config.lease
         try:
             with _batch(self._producer, len(flights)):
                 for flight in flights:
-                    self._send_one(flight, expires if flight.expires else None)
+                    self._send_one(flight, lease_ends if flight.expires else None)
         except BaseException:
             self.close()
             raise
@@ -135,11 +137,12 @@ class Dispatcher:
     def close(self) -> None:
         """Drops the broker connection; does not wait for the broker."""
         producer, self._producer = self._producer, None
+        self._declared.clear()
         if producer is not None:
             with contextlib.suppress(Exception):
                 producer.connection.collect()
 
-    def _send_one(self, flight: Flight, expires: str | None) -> None:
+    def _send_one(self, flight: Flight, lease_ends: float | None) -> None:
         task, delivery = flight.task, flight.delivery
         message = self._app.amqp.create_task_message(
             delivery.task_id,
@@ -147,7 +150,6 @@ class Dispatcher:
             (flight.envelope,),
             {},
             retries=delivery.num_delivered - 1,
-            expires=expires,
             ignore_result=task.ignore_result,
             time_limit=task.time_limit,
             soft_time_limit=task.soft_time_limit,
@@ -160,18 +162,32 @@ class Dispatcher:
             self._producer,
             task.name,
             message,
-            headers={HEADER: delivery.to_header()},
+            headers={HEADER: {**delivery.to_header(), LEASE: lease_ends}},
             retry=False,
+            declare=self._to_declare(flight),
             **flight.options,
         )
+
+    def _to_declare(self, flight: Flight) -> tuple[()] | None:
+        """Nothing, for a queue that this connection has declared: kombu asks anew each time."""
+        if flight.queue in self._declared:
+            return ()
+        if getattr(flight.options.get("queue"), "can_cache_declaration", False):
+            self._declared.add(flight.queue)
+        return None
 
     def _route(self, flight: Flight) -> dict[str, Any]:
         """Where Celery would send this task: its own options, ``task_routes``, the default."""
         task = flight.task
+        if task.name in self._fixed_routes:
+            return self._fixed_routes[task.name]
         own = {name: getattr(task, name, None) for name in ROUTING_OPTIONS}
         given = {name: value for name, value in own.items() if value is not None}
         routed = self._app.amqp.router.route(given, task.name, (flight.envelope,), {}, task)
-        return {name: value for name, value in routed.items() if name not in NOT_FOR_COPIES}
+        route = {name: value for name, value in routed.items() if name not in NOT_FOR_COPIES}
+        if not self._app.amqp.router.routes:  # then it depends on the task alone
+            self._fixed_routes[task.name] = route
+        return route
 
 
 def _queue_name(options: dict[str, Any]) -> str:

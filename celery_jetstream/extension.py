@@ -344,7 +344,7 @@ class JetStream:
         connection = Connection(config)
         publisher = Publisher(config, connection, self.ensure_topology)
         settler = Settler(config, connection, publisher)
-        keeper = Keeper(connection, claimant=f"{socket.gethostname()}-{os.getpid()}")
+        keeper = Keeper(connection, settler, claimant=f"{socket.gethostname()}-{os.getpid()}")
         return _Runtime(connection, publisher, settler, keeper)
 
     def _forget(self) -> None:

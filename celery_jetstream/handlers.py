@@ -32,6 +32,12 @@ __all__ = ("HEADER", "Handlers", "JetStreamTask", "delivery_of", "jetstream_hand
 
 #: The task message's header that says which delivery a copy carries.
 HEADER = "jetstream"
+#: In that header: when the copy's lease ends, by the bridge's clock (seconds since 1970). Celery's
+#: own ``expires`` would cost the worker's main process more to read than all else of ours.
+LEASE = "lease_ends"
+#: What a task returns whose settlement a middleware gave: the worker's main process, which sees
+#: only the result's text, must not take it for an Ack.
+SETTLED = "settled by middleware"
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -141,9 +147,9 @@ class JetStreamTask(Task):
         retry = getattr(self.request, "jetstream_retry", None)
         if retry is not None:  # self.retry(throw=False)
             raise retry
-        if isinstance(result, (Ack, Nak, DeadLetter)):
+        if isinstance(result, (Ack, Nak, DeadLetter)) and delivery_of(self.request):
             self.request.jetstream_settlement = result
-            return None
+            return SETTLED
         return result
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], event: Event) -> Any:

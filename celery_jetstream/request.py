@@ -2,9 +2,11 @@
 
 A copy that the worker receives becomes a :class:`JetStreamRequest`. From then on the worker
 keeps its message in progress and claims it (:class:`Keeper`). Normal ends are settled by the
-process that ran the task; a killed child, the hard time limit, a revoke and a shutdown are seen
-only here. Nothing is done here for a message that ends normally, for this process is what limits
-a prefork worker.
+process that ran the task, which has the real exception; a killed child, the hard time limit, a
+revoke and a shutdown are seen only here.
+
+This process limits a prefork worker: next to nothing is done here for a message that ends
+normally.
 
 What is not public of Celery is used in this module only (tried on 5.5 to 5.7): ``Task.Request``,
 ``Request._announce_revoked`` and ``_announce_cancelled``, ``Request._apply_result``.
@@ -33,11 +35,19 @@ from .connection import Connection
 from .consumer import keep_in_progress
 from .delivery import Delivery
 from .exceptions import NotConnectedError
-from .settlement import End, Policy, decide
+from .settlement import Ack, End, Policy, decide
+from .settler import Settler
 
 __all__ = ("HandBack", "JetStreamRequest", "Keeper")
 
 logger = logging.getLogger(__name__)
+
+#: When a child is lost, what the children returned within so many seconds (and so many of them at
+#: the most) is acked once more.
+CHILD_ACKS_WITHIN = 1.0
+CHILD_ACKS_KEPT = 4096
+#: A result reaches the main process as its repr.
+SETTLED_TEXT = repr(handlers.SETTLED)
 
 
 class JetStreamRequest(Request):
@@ -49,20 +59,22 @@ class JetStreamRequest(Request):
 
     def __init__(self, message: Any, **options: Any) -> None:
         super().__init__(message, **options)
-        self.delivery = handlers.read_header(self._request_dict.get(handlers.HEADER))
+        header = self._request_dict.get(handlers.HEADER)
+        self.delivery = handlers.read_header(header)
         if self.delivery is None:
             return
         self.received = time.time()
-        self.refusal = self._refusal(self.delivery)
+        self.refusal = self._refusal(self.delivery, header.get(handlers.LEASE))
         if self.refusal is None:
-            self.expires = None  # decided now; once held, a copy does not expire any more
+            # create_request_cls() makes a subclass with an on_success of its own
+            self.on_success = self._on_success
             self._app.jetstream.keeper.hold(self)
         else:
-            self.expires = self.expires or datetime.now(timezone.utc)  # Celery asks revoked()
+            self.expires = datetime.now(timezone.utc)  # has Celery ask revoked() before all else
 
-    def _refusal(self, delivery: Delivery) -> End | None:
-        if self.expires and datetime.now(timezone.utc) > self.expires:
-            _say_expired(self)
+    def _refusal(self, delivery: Delivery, lease_ends: float | None) -> End | None:
+        if lease_ends is not None and self.received > lease_ends:
+            _say_expired(self, self.received - lease_ends)
             return End.EXPIRED
         other = worker_state.requests.get(self.id)
         if isinstance(other, JetStreamRequest) and other.delivery is not None:
@@ -118,6 +130,15 @@ class JetStreamRequest(Request):
             raise TaskRevokedError(self.id)
         super().on_accepted(pid, time_accepted)
 
+    def _on_success(self, outcome: Any, **options: Any) -> None:
+        """The task ended in a process that lived to say so, and has settled it."""
+        del self.on_success  # the class's again; also, no cycle keeps this request alive
+        try:
+            self.on_success(outcome, **options)
+        finally:
+            if isinstance(outcome, tuple) and not outcome[0] and outcome[1] != SETTLED_TEXT:
+                self._app.jetstream.keeper.returned(self.delivery)
+
     def on_failure(
         self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False
     ) -> None:
@@ -125,6 +146,7 @@ class JetStreamRequest(Request):
             super().on_failure(exc_info, send_failed_event, return_ok)
         finally:
             if not return_ok:  # else the process that ran it has settled it
+                self._app.jetstream.keeper.child_lost()
                 error = exc_info.exception
                 if isinstance(error, ExceptionWithTraceback):
                     error = error.exc
@@ -158,18 +180,18 @@ class JetStreamRequest(Request):
 _said_expired = False
 
 
-def _say_expired(request: JetStreamRequest) -> None:
+def _say_expired(request: JetStreamRequest, late: float) -> None:
     """Says once per process that copies arrive expired, and what that may mean."""
     global _said_expired
     level = logging.DEBUG if _said_expired else logging.WARNING
     _said_expired = True
     logger.log(
         level,
-        "copy %s arrived after its lease (%s) and is left to the bridge, which dispatches the "
+        "copy %s arrived %d s after its lease and is left to the bridge, which dispatches the "
         "message again. Copies older than jetstream_lease are normal after a time without "
         "workers; else this worker's clock is ahead of the bridge's",
         request.id,
-        request.expires,
+        late,
     )
 
 
@@ -180,14 +202,16 @@ class Keeper:
     longer than its hard time limit, or ``jetstream_max_hold`` where it has none, is let go.
     """
 
-    def __init__(self, connection: Connection, *, claimant: str) -> None:
+    def __init__(self, connection: Connection, settler: Settler, *, claimant: str) -> None:
         self._connection = connection
+        self._settler = settler
         self._config = connection.config
         self._claimant = claimant
         self._new: deque[weakref.ref[JetStreamRequest]] = deque()
         self._known: list[weakref.ref[JetStreamRequest]] = []
         # Celery 5.7 forgets what has not begun before its bootsteps stop: kept for HandBack
         self._not_begun: set[JetStreamRequest] = set()
+        self._returned: deque[tuple[float, Delivery]] = deque(maxlen=CHILD_ACKS_KEPT)
         self._running: Future[None] | None = None
 
     def hold(self, request: JetStreamRequest) -> None:
@@ -200,6 +224,18 @@ class Keeper:
     def begun(self, request: JetStreamRequest) -> None:
         """Its copy is acknowledged: from here on it lives as long as Celery needs it."""
         self._not_begun.discard(request)
+
+    def returned(self, delivery: Delivery) -> None:
+        """A child says that a task returned; its ack may not be sent yet."""
+        self._returned.append((time.monotonic(), delivery))
+
+    def child_lost(self) -> None:
+        """A child died, and with it the acks that it had gathered: they are sent here again."""
+        since = time.monotonic() - CHILD_ACKS_WITHIN
+        for when, delivery in self._returned:
+            if when > since:
+                self._settler.settle(delivery, Ack())
+        self._returned.clear()
 
     def held(self) -> Iterator[JetStreamRequest]:
         """The requests of all messages that this worker holds now."""
