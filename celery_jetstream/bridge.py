@@ -15,7 +15,6 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterable
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -26,7 +25,7 @@ from .consumer import Pull, is_claim, keep_in_progress
 from .deadletter import Original, fetch_original
 from .delivery import Delivery
 from .dispatcher import Dispatcher
-from .exceptions import ConfigurationError, NotConnectedError
+from .exceptions import CeleryJetStreamError, ConfigurationError, NotConnectedError
 from .inflight import Flight, InFlight
 from .session import Session
 from .settlement import Nak
@@ -38,6 +37,10 @@ logger = logging.getLogger(__name__)
 #: Messages that one batch of the Celery producer may have (Redis pipelines them).
 DISPATCH_BATCH = 100
 BROKER_PAUSE = (0.5, 5.0)
+#: Messages that one look asks the stream for.
+LOOK_BATCH = 256
+#: The most messages that one bridge holds, whatever the consumer's ``max_ack_pending``.
+WINDOW = 1000
 #: Seconds that the end may take: handing back, the last confirmations, the connection.
 STOP_TIMEOUT = 5.0
 
@@ -72,7 +75,7 @@ class Bridge:
         self._max_messages = max_messages
         self._once = once
         self._flights = InFlight(
-            capacity=config.max_ack_pending, lease=config.lease, grace=config.ack_wait
+            capacity=min(config.max_ack_pending, WINDOW), lease=config.lease, grace=config.ack_wait
         )
         self._worth_asking = max(1, min(config.batch_size, config.max_ack_pending) // 4)
         self._lock = threading.Lock()
@@ -80,6 +83,7 @@ class Bridge:
         self._told: SimpleQueue[None] = SimpleQueue()
         self._stop = threading.Event()
         self._pull: Pull | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._broker_down = False
         self._stalled: set[str] = set()
         self._taken = 0
@@ -101,19 +105,29 @@ class Bridge:
         dispatcher.start()
         logger.info("bridge is ready: %s", self.config.consume_subject)
         signals.bridge_ready.send(sender=self.jetstream, bridge=self)
-        self._wait()
+        failure = self._wait(dispatcher)
         self._end(dispatcher)
+        if failure:
+            raise CeleryJetStreamError(
+                f"{failure}: this is a defect of ours; start the bridge again"
+            )
 
     def stop(self) -> None:
         """Ends :meth:`run`; may be called by a signal handler and from any thread."""
         self._told.put(None)  # reentrant, unlike an Event
 
-    def _wait(self) -> None:
+    def _wait(self, dispatcher: threading.Thread) -> str | None:
+        """Waits to be told to stop; returns what has ended that must not."""
         bounded = self._once or self._max_messages is not None
         while not (bounded and self._finished()):
+            if not dispatcher.is_alive():
+                return "the dispatcher thread has ended"
+            if any(task.done() for task in self._tasks):
+                return "pulling or keeping messages in progress has ended"
             with contextlib.suppress(Empty):
-                self._told.get(timeout=0.1 if bounded else None)
-                return
+                self._told.get(timeout=0.1 if bounded else 1.0)
+                return None
+        return None
 
     def _finished(self) -> bool:
         """With ``once`` or ``max_messages``: whether all is dispatched and with the workers."""
@@ -140,7 +154,14 @@ class Bridge:
 
     async def _start(self) -> None:
         config = self.config
-        await self._listen(await self.jetstream.connection.session())
+        session = await self.jetstream.connection.session()
+        await self._listen(session)
+        await session.client.flush(timeout=5)  # by now the server has said what it denies
+        if "permissions violation" in str(session.error).lower():
+            raise ConfigurationError(
+                "the NATS user may not subscribe to $JS.ACK." + config.stream_name + ".>: without "
+                "the workers' claims the bridge would send running tasks again; allow it"
+            )
         self._pull = Pull(
             self.jetstream.connection,
             config.stream_name,
@@ -182,6 +203,8 @@ class Bridge:
             if in_progress and not is_claim(message):
                 return
             with self._lock:
+                if not in_progress:
+                    self._flights.ended(delivery.sequence)
                 if message.data.startswith(b"-NAK"):
                     self._flights.handed_back(delivery.sequence, delivery.num_delivered)
                 else:
@@ -255,19 +278,46 @@ class Bridge:
         """Dispatches one batch; returns whether there was anything to do."""
         with self._lock:
             flights = self._flights.take(DISPATCH_BATCH)
-        ready = [flight for flight in flights if self._prepare(flight)]
+        ready = [flight for flight in flights if self._can_prepare(flight)]
         with self._lock:
             outgoing = self._flights.dispatch(ready, time.monotonic())
         if outgoing:
             try:
                 self._dispatcher.send(outgoing)
-            except BaseException:
+            except self._dispatcher.connection_errors:
                 # some may have been sent; all are sent again, for nothing must be lost
                 with self._lock:
                     self._flights.put_back(outgoing)
                 raise
+            except Exception:  # one of them cannot be sent: it must not stop the others
+                self._send_each(outgoing)
             self.dispatched += sum(1 for flight in outgoing if flight.copies == 1)
         return bool(flights)
+
+    def _send_each(self, flights: list[Flight]) -> None:
+        for number, flight in enumerate(flights):
+            try:
+                self._dispatcher.send([flight])
+            except self._dispatcher.connection_errors:
+                with self._lock:
+                    self._flights.put_back(flights[number:])
+                raise
+            except Exception:
+                logger.exception("%s cannot be sent; the message comes again", flight.task.name)
+                self._give_back(flight)
+
+    def _can_prepare(self, flight: Flight) -> bool:
+        try:
+            return self._prepare(flight)
+        except Exception:
+            logger.exception("message %s cannot be prepared", flight.delivery.task_id)
+            self._give_back(flight)
+            return False
+
+    def _give_back(self, flight: Flight) -> None:
+        with self._lock:
+            self._flights.leave(flight.delivery.sequence)
+        self.jetstream.settler.settle(flight.delivery, Nak(self.config.backoff[-1]))
 
     def _prepare(self, flight: Flight) -> bool:
         """Whether the message can be sent; settles here what cannot."""
@@ -302,6 +352,7 @@ class Bridge:
 
     def _dispatch_again(self, lost: list[Flight]) -> None:
         try:
+            lost = lost[:LOOK_BATCH]  # the others at the next look
             found = self.jetstream.connection.run(self._still_there, lost, timeout=30)
         except NotConnectedError:
             return  # at the next look
@@ -317,10 +368,11 @@ class Bridge:
             )
         self._work.set()
 
-    async def _still_there(self, flights: Iterable[Flight]) -> set[Flight]:
+    async def _still_there(self, flights: list[Flight]) -> set[Flight]:
         """Those that the stream still has; the rest was settled and we did not hear of it."""
         session = await self.jetstream.connection.session()
-        return {f for f in flights if await fetch_original(session, f.delivery) is not None}
+        originals = await asyncio.gather(*(fetch_original(session, f.delivery) for f in flights))
+        return {f for f, original in zip(flights, originals, strict=True) if original is not None}
 
     # -- saying things once ----------------------------------------------------------------------
 

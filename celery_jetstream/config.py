@@ -85,7 +85,7 @@ class Config:
     lease: float = _setting(600.0, readers.seconds("0.1s", "30d"), '600 or "10m"')
     max_hold: float = _setting(3600.0, readers.seconds("0.1s", "30d"), '3600 or "1h"')
     batch_size: int = _setting(256, readers.whole(1, 10_000), "256")
-    max_ack_pending: int = _setting(1000, readers.whole(1, 1_000_000, _WITHOUT_LIMIT), "1000")
+    max_ack_pending: int = _setting(10_000, readers.whole(1, 1_000_000, _WITHOUT_LIMIT), "10000")
 
     # How failures end.
     max_deliver: int = _setting(5, readers.whole(1, 1_000_000), "5")

@@ -81,13 +81,14 @@ class Acks:
     than the settlement.
 
     Resends while unanswered, through lost connections and elections (503), for ``patience``
-    seconds; a settlement that is later than that is without effect anyway, for the message has
-    been delivered again.
+    seconds: a late ack still counts. A late -NAK would only have the message delivered once more
+    beside the redelivery that ``ack_wait`` brought, so those have ``nak_patience``.
     """
 
-    def __init__(self, connection: Connection, patience: float) -> None:
+    def __init__(self, connection: Connection, *, patience: float, nak_patience: float) -> None:
         self._connection = connection
         self._patience = patience
+        self._nak_patience = nak_patience
         self._new: deque[_Unconfirmed] = deque()
         self._unconfirmed: set[_Unconfirmed] = set()
         self._sender: asyncio.Task[None] | None = None
@@ -102,15 +103,16 @@ class Acks:
 
     def nak(self, reply: str, delay: float) -> None:
         """Any thread; does not wait. ``delay`` in seconds."""
-        self.put(reply, nak(delay))
+        self.put(reply, nak(delay), self._nak_patience)
 
     def term(self, reply: str) -> None:
         """Any thread; does not wait. Plain ``+TERM``: server 2.9 knows no reason behind it."""
         self.put(reply, TERM)
 
-    def put(self, reply: str, body: bytes) -> None:
+    def put(self, reply: str, body: bytes, patience: float | None = None) -> None:
         """Hands over to the loop thread, with one wake-up for a burst."""
-        self._new.append(_Unconfirmed(reply, body, time.monotonic() + self._patience))
+        give_up = time.monotonic() + (self._patience if patience is None else patience)
+        self._new.append(_Unconfirmed(reply, body, give_up))
         if not self._scheduled or self._sender is None or self._sender.done():
             self._scheduled = True
             self._connection.call_soon(self._kick)

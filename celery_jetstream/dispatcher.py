@@ -68,12 +68,12 @@ class Dispatcher:
         self._declared: set[str] = set()
         self._fixed_routes: dict[str, dict[str, Any]] = {}
         connection = app.connection_for_write()
-        self.broker_errors: tuple[type[BaseException], ...] = (
+        self.connection_errors: tuple[type[BaseException], ...] = (
             OperationalError,
             OSError,
             *connection.connection_errors,
-            *connection.channel_errors,
         )
+        self.broker_errors = (*self.connection_errors, *connection.channel_errors)
 
     def prepare(self, flight: Flight) -> Settlement | None:
         """Decides what a message is sent as; None when it can be sent.
@@ -92,16 +92,16 @@ class Dispatcher:
             if flight.task is None:
                 text = f"no handler for the event type {event.event_type!r}"
                 return DeadLetter("no_handler", "", text)
-        attempt = flight.delivery.num_delivered
-        if flight.task.policy(self._config).spent(attempt):
-            text = f"delivered {attempt} times, and none of its attempts ended"
+        if flight.task.policy(self._config).spent(flight.unended):
+            text = f"handed over {flight.unended} times, and none of its attempts ended"
             return DeadLetter("max_deliveries_exceeded", "", text)
         try:
             flight.options = self._route(flight)
         except Exception:
             logger.exception("no route for %s; the message comes again", flight.task.name)
             return Nak(self._config.backoff[-1])
-        flight.queue = _queue_name(flight.options)
+        if not flight.admitted:  # else its place is counted under the queue it has
+            flight.queue = _queue_name(flight.options)
         return None
 
     def send(self, flights: Sequence[Flight]) -> None:
@@ -191,8 +191,15 @@ class Dispatcher:
 
 
 def _queue_name(options: dict[str, Any]) -> str:
-    queue = options.get("queue")
-    return str(getattr(queue, "name", None) or queue or options.get("routing_key") or "")
+    """The queue's name; "" where an exchange of the task's own decides, for then none is known."""
+    queue: Any = options.get("queue")
+    if queue is None or isinstance(queue, str):
+        return queue or ""
+    exchange, key = options.get("exchange"), options.get("routing_key")
+    elsewhere = (exchange and exchange != queue.exchange.name) or (
+        key and key not in (queue.routing_key, queue.name)
+    )
+    return "" if elsewhere else str(queue.name)
 
 
 def _batch(producer: Any, size: int) -> contextlib.AbstractContextManager[Any]:

@@ -9,16 +9,19 @@ see are the worker's main process' business (:mod:`celery_jetstream.request`).
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timezone
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
+from types import EllipsisType
 from typing import Any, TypeVar, cast
 
 from celery import Celery, Task, signals
 from celery._state import _get_active_apps, connect_on_app_finalize, get_current_app
 from celery.exceptions import Retry
 from celery.local import Proxy
+from celery.states import SUCCESS
 from celery.worker import state as worker_state
 
 from . import subjects
@@ -29,6 +32,8 @@ from .exceptions import ConfigurationError
 from .settlement import Ack, DeadLetter, End, Nak, Policy, Settlement, decide
 
 __all__ = ("HEADER", "Handlers", "JetStreamTask", "delivery_of", "jetstream_handler")
+
+logger = logging.getLogger(__name__)
 
 #: The task message's header that says which delivery a copy carries.
 HEADER = "jetstream"
@@ -76,8 +81,8 @@ def jetstream_handler(*event_types: str, **options: Any) -> Callable[[F], Any]:
         )
     options.update(
         acks_late=False,
+        retry_on_worker_lost=False,
         event_types=tuple(event_types),
-        own_limit="max_retries" in {**options, **options.get("retry_kwargs", {})},
     )
 
     def decorate(function: F) -> Any:
@@ -91,7 +96,12 @@ def _shared(function: Callable[..., Any], options: dict[str, Any]) -> Any:
 
     def register(app: Celery) -> Any:
         return app.task(
-            **{**options, "base": _task_class(app.Task), "shared": False, "lazy": False}
+            **{
+                **options,
+                "base": _task_class(options.get("base") or app.Task),
+                "shared": False,
+                "lazy": False,
+            }
         )(function)
 
     connect_on_app_finalize(register)
@@ -123,15 +133,12 @@ class JetStreamTask(Task):
 
     Attributes:
         event_types: the patterns it handles.
-        own_limit: whether ``max_retries`` was given (or ``retry_kwargs={"max_retries": …}``),
-            and so is the limit of attempts.
         unrecoverable_errors: this handler's, or None for the app's.
     """
 
     abstract = True
     Request = "celery_jetstream.request:JetStreamRequest"
     event_types: tuple[str, ...] = ()
-    own_limit = False
     retry_kwargs: Mapping[str, Any] = {}
     unrecoverable_errors: tuple[type[BaseException], ...] | None = None
 
@@ -153,7 +160,10 @@ class JetStreamTask(Task):
         return result
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], event: Event) -> Any:
-        return self.run(event, *args, **kwargs)
+        call = super().__call__  # the app's task_cls, or base=, may have one (Flask's does)
+        if getattr(call, "__func__", None) is Task.__call__:
+            call = self.run
+        return call(event, *args, **kwargs)
 
     def event(self, argument: Any) -> Event:
         """The event that the task's first argument stands for.
@@ -223,15 +233,23 @@ class JetStreamTask(Task):
         request.jetstream_retry = retry
         return retry
 
+    @cached_property
+    def _attempts(self) -> int | EllipsisType | None:
+        """``max_retries + 1`` where it was given: by an option, ``base=`` or annotations."""
+        classes = [c for c in type(self).__mro__ if c.__module__ != "celery.app.task"]
+        retries: Any = ...
+        if "max_retries" in self.retry_kwargs:
+            retries = self.retry_kwargs["max_retries"]
+        elif any("max_retries" in vars(c) for c in classes):
+            retries = self.max_retries
+        return retries + 1 if isinstance(retries, int) else retries
+
     def policy(self, config: Config) -> Policy:
         """What this handler's messages are settled by."""
-        limit: int | None = config.max_deliver
-        if self.own_limit:
-            retries = self.retry_kwargs.get("max_retries", self.max_retries)
-            limit = None if retries is None else retries + 1
+        attempts = self._attempts
         unrecoverable = self.unrecoverable_errors
         return Policy(
-            limit=limit,
+            limit=config.max_deliver if attempts is ... else attempts,
             backoff=config.backoff,
             ack_wait=config.ack_wait,
             unrecoverable=(
@@ -255,8 +273,12 @@ def delivery_of(request: Any) -> Delivery | None:
 
 
 def read_header(header: Any) -> Delivery | None:
-    """The delivery in a task message's ``jetstream`` header."""
-    return Delivery.from_header(header) if isinstance(header, Mapping) else None
+    """The delivery in a task message's ``jetstream`` header; None where there is none in it."""
+    try:
+        return Delivery.from_header(header) if isinstance(header, Mapping) else None
+    except ValueError as error:
+        logger.error("a task message has a %r header that no bridge wrote: %s", HEADER, error)
+        return None
 
 
 # -- the end of a task that this process ran ------------------------------------------------------
@@ -279,9 +301,9 @@ def settle_ended_task(
     delivery = delivery_of(request)
     if delivery is None:
         return
-    end: End | BaseException | Settlement = getattr(request, "jetstream_settlement", None) or (
-        retval if isinstance(retval, BaseException) else End.RETURNED
-    )
+    end: Any = getattr(request, "jetstream_settlement", None)
+    if end is None:
+        end = End.RETURNED if state == SUCCESS else retval
     if state is None:
         if request.id not in worker_state.requests:
             return
@@ -329,6 +351,12 @@ class Handlers:
         self._find = lru_cache(maxsize=4096)(self._look_up)
 
     def _add(self, pattern: str, task: JetStreamTask) -> None:
+        if task.acks_late:
+            raise ConfigurationError(
+                f"acks_late is on for the handler {task.name} (task_annotations, or its base): "
+                "JetStream redelivers what a worker did not finish; turn it off there",
+                setting="acks_late",
+            )
         other = self._by_pattern.setdefault(pattern, task)
         if other is not task:
             raise ConfigurationError(

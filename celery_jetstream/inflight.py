@@ -31,6 +31,8 @@ class Flight:
         queue: the Celery queue's name.
         dispatched_at: when its last copy was sent; None while it waits.
         copies: how many copies were sent.
+        unended: hand-overs of which no end was heard; a message that takes its worker down each
+            time has nothing else to be known by.
         admitted: whether it has a place in its queue's share.
         expires: whether its copy expires with the lease. One sent because the last was lost is
             alone, and need not (a worker whose clock is ahead finds every other copy expired).
@@ -47,6 +49,7 @@ class Flight:
     copies: int = 0
     admitted: bool = False
     expires: bool = True
+    unended: int = 0
 
 
 class InFlight:
@@ -71,6 +74,7 @@ class InFlight:
         self._empty_at: dict[str, float] = {}
         self._departed: dict[str, int] = defaultdict(int)
         self._looked: dict[str, int] = {}
+        self._unended: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self._flights)
@@ -105,11 +109,19 @@ class InFlight:
 
     def arrive(self, delivery: Delivery, subject: str, body: bytes) -> None:
         """A message came. Again? Then its copy is still out there: only the reply is newer."""
-        flight = self._flights.get(delivery.sequence)
+        sequence = delivery.sequence
+        flight = self._flights.get(sequence)
+        if flight is not None and flight.delivery.timestamp != delivery.timestamp:
+            self.leave(sequence)  # another message: the stream was made anew and counts from 1
+            self._unended.pop(sequence, None)
+            flight = None
+        self._unended[sequence] = self._unended.pop(sequence, 0) + 1
+        if len(self._unended) > 10 * self.capacity:  # the oldest is long settled elsewhere
+            del self._unended[next(iter(self._unended))]
         if flight is not None:
-            flight.delivery = delivery
+            flight.delivery, flight.unended = delivery, self._unended[sequence]
             return
-        flight = Flight(delivery, subject, body)
+        flight = Flight(delivery, subject, body, unended=self._unended[sequence])
         self._flights[delivery.sequence] = flight
         self._ready.append(flight)
 
@@ -127,6 +139,7 @@ class InFlight:
         back = [f for f in flights if self._flights.get(f.delivery.sequence) is f]
         for flight in back:
             flight.dispatched_at = None
+            flight.copies -= 1  # --max-messages counts first copies
         self._ready.extendleft(reversed(back))
 
     def dispatch(self, flights: Iterable[Flight], now: float) -> list[Flight]:
@@ -136,6 +149,8 @@ class InFlight:
         """
         admitted = []
         for flight in flights:
+            if self._flights.get(flight.delivery.sequence) is not flight:
+                continue  # settled, or handed back, since it was taken
             if not flight.admitted and self._dispatched[flight.queue] >= self.share:
                 self._held_back[flight.queue].append(flight)
                 continue
@@ -216,7 +231,7 @@ class InFlight:
         """The queues that have unclaimed copies."""
         for queue in [q for q in self._empty_at if not self._dispatched.get(q)]:
             del self._empty_at[queue]
-        return [queue for queue, count in self._dispatched.items() if count > 0]
+        return [queue for queue, count in self._dispatched.items() if queue and count > 0]
 
     def found(self, queue: str, depth: int, now: float) -> list[Flight]:
         """Notes a queue's depth; returns the copies that are lost.
@@ -242,9 +257,16 @@ class InFlight:
             flight.expires = False
         return lost
 
+    def ended(self, sequence: int) -> None:
+        """An attempt came to an end of its own (any settlement, not a claim)."""
+        self._unended.pop(sequence, None)
+
     def again(self, flights: Iterable[Flight], now: float) -> None:
         """They are to be dispatched again, the same delivery."""
         for flight in flights:
             if self._flights.get(flight.delivery.sequence) is flight:
+                if not flight.expires:  # its copy was lost: what had it may have died of it
+                    flight.unended += 1
+                    self._unended[flight.delivery.sequence] = flight.unended
                 flight.dispatched_at = now  # not to be found lost twice while it is in line
                 self._ready.append(flight)

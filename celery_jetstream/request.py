@@ -26,7 +26,7 @@ from typing import Any
 
 from billiard.einfo import ExceptionWithTraceback
 from celery import bootsteps, signals
-from celery.exceptions import TaskRevokedError, TimeLimitExceeded
+from celery.exceptions import TaskRevokedError, TimeLimitExceeded, WorkerLostError
 from celery.worker import state as worker_state
 from celery.worker.request import Request
 
@@ -56,6 +56,8 @@ class JetStreamRequest(Request):
     delivery: Delivery | None = None
     refusal: End | None = None
     settled = False
+    #: Kept in progress no longer (held too long); its end settles it all the same.
+    let_go = False
 
     def __init__(self, message: Any, **options: Any) -> None:
         super().__init__(message, **options)
@@ -94,7 +96,7 @@ class JetStreamRequest(Request):
     @property
     def held(self) -> bool:
         """Whether this worker still has the message: it waits, or runs."""
-        if self.settled:
+        if self.settled or self.let_go:
             return False
         return not self.acknowledged or worker_state.requests.get(self.id) is self
 
@@ -127,6 +129,7 @@ class JetStreamRequest(Request):
 
     def on_accepted(self, pid: int, time_accepted: float) -> None:
         if self.settled:  # handed back while it waited in a pool that runs all it has got
+            self.acknowledge()  # else its place in the worker's prefetch is taken for ever
             raise TaskRevokedError(self.id)
         super().on_accepted(pid, time_accepted)
 
@@ -150,7 +153,11 @@ class JetStreamRequest(Request):
                 error = exc_info.exception
                 if isinstance(error, ExceptionWithTraceback):
                     error = error.exc
-                self.settle(End.NOT_BEGUN if self._cut_off else error)
+                # a SIGTERM to the whole group (systemd's default) ends the children as well
+                stopping = worker_state.should_stop is not None and isinstance(
+                    error, (SystemExit, WorkerLostError)
+                )
+                self.settle(End.NOT_BEGUN if self._cut_off or stopping else error)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         try:
@@ -270,11 +277,12 @@ class Keeper:
 
     def _too_long(self, request: JetStreamRequest) -> bool:
         limit = request.time_limits[0] or request.task.time_limit
-        bound = limit + self._config.ack_wait if limit else self._config.max_hold
+        began = request.time_start is not None  # a time limit says nothing about waiting
+        bound = limit + self._config.ack_wait if limit and began else self._config.max_hold
         held = time.time() - (request.time_start or request.received)
         if held <= bound:
             return False
-        request.settled = True
+        request.let_go = True
         logger.error(
             "message %s has been held for %d s and is kept no longer: JetStream will deliver it "
             "again. Give the handler a time_limit, or raise jetstream_max_hold",

@@ -36,7 +36,9 @@ class Settler:
         self._config = config
         self._connection = connection
         self._publisher = publisher
-        self._acks = Acks(connection, patience=max(300.0, 2 * config.ack_wait))
+        self._acks = Acks(
+            connection, patience=max(300.0, 2 * config.ack_wait), nak_patience=config.ack_wait
+        )
         self._burials: set[Future[None]] = set()
         self._lock = threading.Lock()
 

@@ -288,20 +288,44 @@ def test_a_duplicate_copy_of_a_running_task_does_not_run(make_stack: MakeStack) 
     assert len(stack.ledger("begun")) == 1
 
 
-def test_a_message_whose_attempts_never_end_is_not_run_again(make_stack: MakeStack) -> None:
-    """It was delivered so often that it must be what takes its worker down."""
-    stack = make_stack(jetstream_ack_wait=0.5, jetstream_max_deliver=2)
-    stack.publish("order.created")
-    stack.celery("jetstream", "provision").wait(30)
-    deliver(stack, times=2 + HAND_BACKS)
+def test_a_message_that_kills_the_whole_worker_is_given_up(make_stack: MakeStack) -> None:
+    """The solo pool has no child to lose: only the bridge lives to see that it never ends."""
+    stack = make_stack(jetstream_ack_wait=0.6, jetstream_max_deliver=1)
     stack.bridge()
-    stack.worker()
-    wait_until(lambda: stack.dead_count() == 1, 30, "the dead letter")
+    (killer,) = stack.publish("kill.always")
+    ids = []
+    while stack.dead_count() == 0:
+        worker = stack.worker(pool="solo")
+        wait_until(
+            lambda worker=worker: worker.process.poll() is not None or stack.dead_count(),
+            30,
+            "the worker to die of it",
+        )
+        assert len(stack.ledger("begun")) <= 2 + HAND_BACKS
+    ids += stack.publish("order.created", 3)
+    if worker.process.poll() is not None:
+        stack.worker(pool="solo")
+    stack.wait_handled(3)
+    stack.wait_settled()
     (letter,) = stack.dead_letters()
     assert letter["reason"] == "max_deliveries_exceeded"
-    assert letter["headers"]["x-deliveries"] == str(3 + HAND_BACKS)
+    assert letter["context"]["event_id"] == killer
+    handled_once(stack, ids)
+
+
+def test_an_outage_that_outlasts_every_limit_is_no_dead_letter(make_stack: MakeStack) -> None:
+    stack = make_stack(
+        jetstream_max_deliver=2,
+        jetstream_backoff=[0.05],
+        jetstream_outage_errors=["tests.apps.desk.OutOfServiceError"],
+    )
+    stack.bridge()
+    stack.worker()
+    ids = stack.publish("outage", fail=30)
+    stack.wait_handled(1)
     stack.wait_settled()
-    assert not stack.ledger()
+    handled_once(stack, ids)
+    assert stack.dead_count() == 0
 
 
 def test_bridges_that_come_and_go_make_no_dead_letter_of_what_never_ran(
@@ -324,22 +348,6 @@ def test_bridges_that_come_and_go_make_no_dead_letter_of_what_never_ran(
 
 def delivered(stack: Stack, count: int) -> bool:
     return bool(stack.consumer()["delivered"]["consumer_seq"] >= count)
-
-
-def deliver(stack: Stack, times: int) -> None:
-    """Has the first message delivered so often, to someone who never settles it."""
-    request = f"$JS.API.CONSUMER.MSG.NEXT.{stack.names.stream_name}.{stack.names.app_name}-workers"
-
-    async def take_and_vanish() -> None:
-        client = (await stack.hub.connection.session()).client
-        subscription = await client.subscribe(inbox := client.new_inbox())
-        for attempt in range(1, times + 1):
-            await client.publish(request, b'{"batch":1}', reply=inbox)
-            message = await subscription.next_msg(timeout=10)
-            assert message.metadata.num_delivered == attempt
-        await subscription.unsubscribe()
-
-    stack.hub.connection.run(take_and_vanish)
 
 
 # -- what is around it goes away ------------------------------------------------------------------

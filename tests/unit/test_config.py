@@ -65,7 +65,7 @@ DEFAULTS: dict[str, object] = {
     "lease": 600.0,
     "max_hold": 3600.0,
     "batch_size": 256,
-    "max_ack_pending": 1000,
+    "max_ack_pending": 10_000,
     "max_deliver": 5,
     "backoff": (1.0, 5.0, 15.0, 30.0, 60.0),
     "unrecoverable_errors": (TypeError, ValueError, NameError, AttributeError),

@@ -196,3 +196,50 @@ def test_stopping_takes_out_what_is_not_dispatched() -> None:
     arrive(flights, 4)
     assert numbers(flights.leave_waiting()) == [3, 4]
     assert flights.replies == [delivery(1).reply, delivery(2).reply]
+
+
+def test_the_same_number_with_another_time_is_another_message() -> None:
+    """The stream was deleted and made again: it counts from 1, and nothing may take its place."""
+    flights = book()
+    arrive(flights, 1)
+    dispatch(flights)
+    new = Delivery.from_reply("$JS.ACK.s.c.1.1.1.1800000000000000000.0")
+    flights.arrive(new, "a.b", b"new")
+    (flight,) = flights.take(10)
+    assert (flight.body, flight.delivery) == (b"new", new)
+
+
+def test_hand_overs_without_an_end_are_counted_and_an_end_forgets_them() -> None:
+    flights = book()
+    for num_delivered in (1, 2, 3):
+        arrive(flights, 1, num_delivered=num_delivered)
+        (flight,) = flights.take(1)
+        assert flight.unended == num_delivered
+        flights.leave(1)  # claimed, and then nothing was heard any more
+    flights.ended(1)  # an outage, say: the worker asked for redelivery
+    arrive(flights, 1, num_delivered=4)
+    assert flights.take(1)[0].unended == 1
+
+
+def test_a_lost_copy_counts_as_a_hand_over_but_an_old_one_does_not() -> None:
+    flights = book(lease=100, grace=0)
+    arrive(flights, 1)
+    dispatch(flights, now=0)
+    flights.found("q", 0, now=20)
+    (lost,) = flights.found("q", 0, now=40)
+    flights.again([lost], 40)
+    assert lost.unended == 2
+    (lost,) = flights.overdue(1100)
+    flights.again([lost], 1100)
+    assert lost.unended == 2
+
+
+def test_what_left_between_taking_and_dispatching_takes_no_share() -> None:
+    flights = book(capacity=4)
+    arrive(flights, 1)
+    taken = flights.take(1)
+    taken[0].queue = "q"
+    flights.leave(1)
+    assert flights.dispatch(taken, 0) == []
+    arrive(flights, 2)
+    assert dispatch(flights) == [2]
