@@ -311,6 +311,8 @@ class Connection:
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks, timeout=0.2)
+        for _ in range(3):  # an aborted transport closes its socket in the next rounds
+            await asyncio.sleep(0)
 
     async def _supervise(self) -> None:
         urls = list(self.config.nats_urls)

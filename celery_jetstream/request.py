@@ -42,9 +42,9 @@ __all__ = ("HandBack", "JetStreamRequest", "Keeper")
 
 logger = logging.getLogger(__name__)
 
-#: When a child is lost, what the children returned within so many seconds (and so many of them at
-#: the most) is acked once more.
-CHILD_ACKS_WITHIN = 1.0
+#: When a child is lost, what it returned within so many seconds (and so many of all children's at
+#: the most) is acked once more. Celery may take five seconds to see that a child is gone.
+CHILD_ACKS_WITHIN = 10.0
 CHILD_ACKS_KEPT = 4096
 #: A result reaches the main process as its repr.
 SETTLED_TEXT = repr(handlers.SETTLED)
@@ -140,7 +140,7 @@ class JetStreamRequest(Request):
             self.on_success(outcome, **options)
         finally:
             if isinstance(outcome, tuple) and not outcome[0] and outcome[1] != SETTLED_TEXT:
-                self._app.jetstream.keeper.returned(self.delivery)
+                self._app.jetstream.keeper.returned(self)
 
     def on_failure(
         self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False
@@ -149,7 +149,7 @@ class JetStreamRequest(Request):
             super().on_failure(exc_info, send_failed_event, return_ok)
         finally:
             if not return_ok:  # else the process that ran it has settled it
-                self._app.jetstream.keeper.child_lost()
+                self._app.jetstream.keeper.child_lost(self.worker_pid)
                 error = exc_info.exception
                 if isinstance(error, ExceptionWithTraceback):
                     error = error.exc
@@ -218,7 +218,9 @@ class Keeper:
         self._known: list[weakref.ref[JetStreamRequest]] = []
         # Celery 5.7 forgets what has not begun before its bootsteps stop: kept for HandBack
         self._not_begun: set[JetStreamRequest] = set()
-        self._returned: deque[tuple[float, Delivery]] = deque(maxlen=CHILD_ACKS_KEPT)
+        self._returned: deque[tuple[float, int | None, Delivery | None]] = deque(
+            maxlen=CHILD_ACKS_KEPT
+        )
         self._running: Future[None] | None = None
 
     def hold(self, request: JetStreamRequest) -> None:
@@ -232,17 +234,16 @@ class Keeper:
         """Its copy is acknowledged: from here on it lives as long as Celery needs it."""
         self._not_begun.discard(request)
 
-    def returned(self, delivery: Delivery) -> None:
-        """A child says that a task returned; its ack may not be sent yet."""
-        self._returned.append((time.monotonic(), delivery))
+    def returned(self, request: JetStreamRequest) -> None:
+        """A child says that its task returned; the ack may not have been sent yet."""
+        self._returned.append((time.monotonic(), request.worker_pid, request.delivery))
 
-    def child_lost(self) -> None:
+    def child_lost(self, pid: int | None) -> None:
         """A child died, and with it the acks that it had gathered: they are sent here again."""
         since = time.monotonic() - CHILD_ACKS_WITHIN
-        for when, delivery in self._returned:
-            if when > since:
+        for when, child, delivery in self._returned:
+            if child == pid and when > since and delivery is not None:
                 self._settler.settle(delivery, Ack())
-        self._returned.clear()
 
     def held(self) -> Iterator[JetStreamRequest]:
         """The requests of all messages that this worker holds now."""
