@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 #: Messages that one batch of the Celery producer may have (Redis pipelines them).
 DISPATCH_BATCH = 100
 BROKER_PAUSE = (0.5, 5.0)
+#: Seconds without an answer after which the broker counts as away (it may hang and say nothing).
+BROKER_SILENCE = 10.0
 #: Messages that one look asks the stream for.
 LOOK_BATCH = 256
 #: The most messages that one bridge holds, whatever the consumer's ``max_ack_pending``.
@@ -85,6 +87,7 @@ class Bridge:
         self._pull: Pull | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._broker_down = False
+        self._asked_broker: float | None = None
         self._stalled: set[str] = set()
         self._taken = 0
 
@@ -124,6 +127,8 @@ class Bridge:
                 return "the dispatcher thread has ended"
             if any(task.done() for task in self._tasks):
                 return "pulling or keeping messages in progress has ended"
+            if (since := self._asked_broker) and time.monotonic() - since > BROKER_SILENCE:
+                self._broker_is(False, TimeoutError(f"no answer in {BROKER_SILENCE:g} s"))
             with contextlib.suppress(Empty):
                 self._told.get(timeout=0.1 if bounded else 1.0)
                 return None
@@ -156,7 +161,8 @@ class Bridge:
         config = self.config
         session = await self.jetstream.connection.session()
         await self._listen(session)
-        await session.client.flush(timeout=5)  # by now the server has said what it denies
+        with contextlib.suppress(Exception):  # an answer here comes after what the server denies
+            await session.client.flush(timeout=5)
         if "permissions violation" in str(session.error).lower():
             raise ConfigurationError(
                 "the NATS user may not subscribe to $JS.ACK." + config.stream_name + ".>: without "
@@ -256,6 +262,7 @@ class Bridge:
         while not self._stop.is_set():
             self._work.wait(timeout=min(1.0, self.config.ack_wait / 3))
             self._work.clear()
+            self._asked_broker = time.monotonic()
             try:
                 while self._dispatch_some() and not self._stop.is_set():
                     pass
@@ -269,6 +276,8 @@ class Bridge:
                 self._broker_is(False, error)
             except Exception:
                 logger.exception("dispatching failed; trying on")
+            finally:
+                self._asked_broker = None
             self._stop.wait(pause)
             self._work.set()
             pause = min(BROKER_PAUSE[1], pause * 2)
@@ -276,6 +285,7 @@ class Bridge:
 
     def _dispatch_some(self) -> bool:
         """Dispatches one batch; returns whether there was anything to do."""
+        self._asked_broker = time.monotonic()
         with self._lock:
             flights = self._flights.take(DISPATCH_BATCH)
         ready = [flight for flight in flights if self._can_prepare(flight)]

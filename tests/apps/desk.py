@@ -13,7 +13,7 @@ import signal
 import time
 from typing import Any
 
-from celery import Celery
+from celery import Celery, Task
 from celery.exceptions import Ignore, Reject
 
 from celery_jetstream import Ack, Event, JetStream, jetstream_handler
@@ -209,6 +209,24 @@ def looped(event: Event) -> None:
         return "looped"
 
     note(event, "handled", result=asyncio.run(inner()))
+
+
+@jetstream_handler("unsendable", serializer="no-such-serializer")
+def unsendable(event: Event) -> None:
+    note(event, "handled")
+
+
+class InContext(Task):
+    context = ""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.context = "entered"
+        return self.run(*args, **kwargs)
+
+
+@jetstream_handler("in.context", base=InContext, bind=True)
+def in_context(self: Any, event: Event) -> None:
+    note(event, "handled", context=self.context)
 
 
 @jetstream_handler("passed_over")

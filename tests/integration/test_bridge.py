@@ -373,6 +373,44 @@ def test_a_broker_that_is_away_is_waited_for_and_said_once(
         assert bridge.text().count("the Celery broker is away") == 1
 
 
+def test_a_broker_that_hangs_is_noticed(make_stack: MakeStack) -> None:
+    with RedisServer() as broker:
+        stack = make_stack(broker=broker.url)
+        bridge = stack.bridge()
+        broker.pause()
+        ids = stack.publish("order.created", 5)
+        bridge.wait_for("the Celery broker is away; messages wait in the bridge: no answer in 10 s")
+        broker.resume()
+        bridge.wait_for("the Celery broker is back")
+        stack.worker()
+        stack.wait_handled(5)
+        stack.wait_settled()
+        handled_once(stack, ids)
+
+
+def test_one_message_that_cannot_be_sent_does_not_stop_the_others(make_stack: MakeStack) -> None:
+    stack = make_stack(jetstream_backoff=[0.2])
+    bridge = stack.bridge()
+    stack.worker()
+    ids = []
+    for _ in range(5):
+        stack.publish("unsendable")
+        ids += stack.publish("order.created", 2)
+    stack.wait_handled(10)
+    handled_once(stack, ids)
+    bridge.wait_for("cannot be sent; the message comes again")
+    wait_until(lambda: stack.left() == 5, 30, "the others to be settled")
+
+
+def test_a_task_class_of_the_apps_keeps_its_own_call(make_stack: MakeStack) -> None:
+    """Flask's recipe: an app context around each task, in ``__call__``."""
+    stack = make_stack()
+    stack.bridge()
+    stack.worker()
+    stack.publish("in.context")
+    assert stack.wait_handled(1)[0]["context"] == "entered"
+
+
 def test_a_deleted_consumer_is_made_again(make_stack: MakeStack) -> None:
     stack = make_stack()
     stack.bridge()
