@@ -50,12 +50,11 @@ def dead(desk: Stack, event_id: str) -> list[dict[str, Any]]:
 
 def send(desk: Stack, event_type: str, timeout: float = 30, **payload: Any) -> str:
     """Publishes one event and waits until its message is settled for good."""
-    before = desk.left()
     (event_id,) = desk.publish(event_type, **payload)
     desk.wait_ledger(
         lambda: bool(runs(desk, event_id)) or bool(dead(desk, event_id)), timeout, event_type
     )
-    wait_until(lambda: desk.left() <= before, timeout, f"{event_type} to be settled")
+    wait_until(lambda: desk.left() == 0, timeout, f"{event_type} to be settled")
     return event_id
 
 
