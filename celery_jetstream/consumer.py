@@ -41,7 +41,7 @@ EXPIRES = 30.0
 HEARTBEAT = 5.0
 RETRY_PAUSE = (0.25, 2.0)
 #: Seconds over which what comes one by one is gathered while much is coming.
-GATHER_INTERVAL = 0.02
+GATHER_INTERVAL = 0.05
 
 
 def nak(delay: float) -> bytes:

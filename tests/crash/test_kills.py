@@ -86,7 +86,7 @@ def test_worker(make_stack: Any, rounds: int) -> None:
         doubles = faults.nothing_lost(stack, events, "kill -9 of a worker")
         assert cut, "nothing was cut off"
         assert len(stack.ledger("begun")) > begun + len(events) // 10
-        assert doubles <= 50, "more than four children return in the 20 ms of gathered settlements"
+        assert doubles <= 50, "more than four children return in the 50 ms of gathered settlements"
 
 
 def test_bridge(make_stack: Any, rounds: int) -> None:
