@@ -355,7 +355,8 @@ class Bridge:
         for queue in queues:
             depth = self._dispatcher.depth(queue)
             with self._lock:
-                lost += self._flights.found(queue, depth, time.monotonic())
+                found = self._flights.found(queue, depth, time.monotonic())
+            lost += [flight for flight in found if flight not in lost]  # it may be overdue as well
         if lost:
             self._dispatch_again(lost)
         self._say_crowded()

@@ -411,6 +411,33 @@ def test_a_task_class_of_the_apps_keeps_its_own_call(make_stack: MakeStack) -> N
     assert stack.wait_handled(1)[0]["context"] == "entered"
 
 
+def test_sigterm_to_the_whole_group_is_no_failure_of_what_ran(make_stack: MakeStack) -> None:
+    """As systemd does by default: the children get the signal as well, and die of it."""
+    stack = make_stack(jetstream_max_deliver=1)
+    stack.bridge()
+    worker = stack.worker(concurrency=1)
+    stack.publish("slow.one", seconds=3)
+    stack.wait_ledger(lambda: bool(stack.ledger("begun")), 30, "the task to begin")
+    child = stack.ledger("begun")[0]["pid"]
+    worker.send(signal.SIGTERM)
+    os.kill(child, signal.SIGTERM)
+    worker.wait(30)
+    stack.worker()
+    stack.wait_handled(1)
+    stack.wait_settled()
+    assert stack.dead_count() == 0
+
+
+def test_a_bridge_that_may_not_hear_the_workers_does_not_start(make_stack: MakeStack) -> None:
+    denied = 'permissions: {subscribe: {deny: "$JS.ACK.>"}}'
+    users = f"authorization {{users = [{{user: u, password: p, {denied}}}]}}"
+    with NatsServer(config=users) as server:
+        stack = make_stack(nats_url=server.url.replace("nats://", "nats://u:p@"))
+        bridge = stack.celery("jetstream", "bridge")
+        assert bridge.wait(30) == 1
+        assert "may not subscribe to $JS.ACK" in bridge.text()
+
+
 def test_a_deleted_consumer_is_made_again(make_stack: MakeStack) -> None:
     stack = make_stack()
     stack.bridge()
