@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 import weakref
 from collections import deque
@@ -48,6 +49,8 @@ CHILD_ACKS_WITHIN = 10.0
 CHILD_ACKS_KEPT = 4096
 #: A result reaches the main process as its repr.
 SETTLED_TEXT = repr(handlers.SETTLED)
+#: A message is handed back or begins, never both.
+_beginning = threading.Lock()
 
 
 class JetStreamRequest(Request):
@@ -100,6 +103,19 @@ class JetStreamRequest(Request):
             return False
         return not self.acknowledged or worker_state.requests.get(self.id) is self
 
+    def hand_back(self) -> None:
+        """Gives the message back, unless it has begun; the broker's copy is acknowledged first.
+
+        Decided under a lock: acknowledging waits for the broker, and a pool of threads or
+        greenlets goes on accepting meanwhile.
+        """
+        with _beginning:
+            if self.begun or self.settled or self.delivery is None:
+                return
+            self.settled = True
+        self.acknowledge()
+        handlers.settle(self.task, self.delivery, End.NOT_BEGUN)
+
     def settle(self, end: End | BaseException) -> None:
         """Settles an end that only this process saw; the first one counts."""
         if self.delivery is None or self.settled:
@@ -128,7 +144,11 @@ class JetStreamRequest(Request):
         return True
 
     def on_accepted(self, pid: int, time_accepted: float) -> None:
-        if self.settled:  # handed back while it waited in a pool that runs all it has got
+        with _beginning:
+            handed_back = self.settled
+            if not handed_back:
+                self.time_start = time.time()
+        if handed_back:  # while it waited in a pool that runs all it has got
             self.acknowledge()  # else its place in the worker's prefetch is taken for ever
             raise TaskRevokedError(self.id)
         super().on_accepted(pid, time_accepted)
@@ -303,9 +323,7 @@ class HandBack(bootsteps.StartStopStep):
 
     def stop(self, consumer: Any) -> None:
         for request in list(consumer.app.jetstream.keeper.held()):
-            if not request.begun:
-                request.acknowledge()
-                request.settle(End.NOT_BEGUN)
+            request.hand_back()
 
 
 @signals.task_unknown.connect(weak=False)

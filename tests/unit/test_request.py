@@ -1,0 +1,88 @@
+"""A message is handed back or begins, never both: a pool of greenlets accepts in between."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from celery import Celery
+from celery.exceptions import TaskRevokedError
+
+from celery_jetstream import jetstream_handler
+from celery_jetstream.delivery import Delivery
+from celery_jetstream.handlers import HEADER, LEASE
+from celery_jetstream.request import JetStreamRequest
+from celery_jetstream.settlement import Nak
+
+
+@jetstream_handler("handed.back", name="tests.handed_back")
+def handed_back(event: Any) -> None: ...
+
+
+class Bench:
+    """A request as the worker makes it, and what was acknowledged and settled, in order."""
+
+    def __init__(self) -> None:
+        self.did: list[object] = []
+        self.while_acknowledging: Callable[[], object] = lambda: None
+        app = Celery("bench", broker="memory://", set_as_current=False)
+        app.jetstream = SimpleNamespace(  # the worker's side; there is no server in this test
+            keeper=SimpleNamespace(hold=lambda _: None, begun=lambda _: None),
+            settler=SimpleNamespace(settle=lambda _, settlement: self.did.append(settlement)),
+            config=SimpleNamespace(
+                backoff=(1.0,),
+                max_deliver=5,
+                ack_wait=30.0,
+                unrecoverable_errors=(),
+                outage_errors=(),
+            ),
+        )
+        app.finalize()
+        task = app.tasks["tests.handed_back"]
+        delivery = Delivery.from_reply("$JS.ACK.s.c.1.1.1.1.0")
+        header = {**delivery.to_header(), LEASE: None}
+        message = SimpleNamespace(
+            headers={"id": "1", "task": task.name, HEADER: header},
+            properties={},
+            delivery_info={},
+            body=b"[]",
+            content_type="application/json",
+            content_encoding="utf-8",
+            payload=([{}], {}, {}),
+        )
+        self.request = JetStreamRequest(
+            message, app=app, task=task, on_ack=self._acknowledge, hostname="bench"
+        )
+
+    def _acknowledge(self, *_: object) -> None:
+        self.did.append("acknowledged")
+        self.while_acknowledging()
+
+    def accept(self) -> None:
+        self.request.on_accepted(1, time.monotonic())
+
+
+def test_what_is_being_handed_back_does_not_begin() -> None:
+    bench = Bench()
+
+    def accepted_meanwhile() -> None:
+        bench.while_acknowledging = lambda: None
+        with pytest.raises(TaskRevokedError):
+            bench.accept()
+        bench.did.append("refused")
+
+    bench.while_acknowledging = accepted_meanwhile
+    bench.request.hand_back()
+    assert bench.did[-1] == Nak(0)
+    assert "refused" in bench.did
+    assert bench.request.time_start is None
+
+
+def test_what_has_begun_is_not_handed_back() -> None:
+    bench = Bench()
+    bench.accept()
+    bench.request.hand_back()
+    assert bench.did == ["acknowledged"]
