@@ -12,8 +12,10 @@
     ├── TopologyError                                  .stream
     │   ├── SubjectOverlapError                        .subject .other_stream
     │   └── DriftError                                 .differences
+    ├── OutboxUnavailableError (+ ConnectionError)
     └── NotConnectedError    (+ ConnectionError)
-        └── ConnectionRefusedByServer
+        ├── ConnectionRefusedByServer
+        └── NoResponders
 
 Handlers raise none of these to say how a message ends: Celery's own words do that
 (return, ``self.retry()``, ``Reject``, ``Ignore``, or any exception).
@@ -33,7 +35,9 @@ __all__ = (
     "DriftError",
     "EncodeError",
     "EventError",
+    "NoResponders",
     "NotConnectedError",
+    "OutboxUnavailableError",
     "PublishError",
     "SubjectError",
     "SubjectOverlapError",
@@ -155,8 +159,16 @@ class DriftError(TopologyError):
         self.differences = tuple(differences)
 
 
+class OutboxUnavailableError(CeleryJetStreamError, ConnectionError):
+    """The outbox's database is away. An outage: nothing was written, nothing is lost."""
+
+
 class NotConnectedError(CeleryJetStreamError, ConnectionError):
     """There is no connection to NATS now. An outage, never a verdict on the event."""
+
+
+class NoResponders(NotConnectedError):
+    """Nobody listens on the subject: no stream, no consumer, or an election (NATS 503)."""
 
 
 class ConnectionRefusedByServer(NotConnectedError):

@@ -1,8 +1,7 @@
 """Publishing: an event becomes a message, and JetStream confirms that it is stored.
 
-Hands on one :class:`PublishResult` for each event, in order. Pipelined over the session's one
-reply inbox; whatever looks like an outage is sent again with the same ``Nats-Msg-Id``, so that
-the server's duplicate window drops the second of two.
+Hands on one :class:`PublishResult` for each event, in order. Whatever looks like an outage is sent
+again with the same ``Nats-Msg-Id``, so that the server's duplicate window drops the second of two.
 """
 
 from __future__ import annotations
@@ -13,82 +12,21 @@ import json
 import random
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
-
-from nats.aio.msg import Msg
 
 from . import events, subjects
 from .config import Config
 from .connection import Connection
-from .events import Event
-from .exceptions import ConnectionRefusedByServer, EventError, NotConnectedError, PublishError
+from .exceptions import ConnectionRefusedByServer, EventError, NotConnectedError
 from .headers import validate_headers, wire_size
-from .session import NoResponders, Session
+from .outcomes import Message, PublishResult, Verdict, failed
+from .pipeline import send_pipelined
 
 __all__ = ("Message", "PublishResult", "Publisher")
 
-#: Messages in flight before the oldest answer is waited for; more brings no more speed.
-WINDOW = 256
 #: Seconds that one attempt waits for the answers of one window.
 ATTEMPT_TIMEOUT = 5.0
 RETRY_DELAY = (0.1, 2.0)
-#: The server is still storing a message with this id (clustered; ADR-22): ask again.
-ID_IN_PROCESS = 10158
-
-
-@dataclass(frozen=True)
-class Message:
-    """What is sent, byte for byte, at each attempt; ``event`` where it carries one of ours."""
-
-    event_id: str
-    subject: str
-    body: bytes
-    headers: dict[str, str]
-    event: Event | None = None
-
-
-@dataclass(frozen=True)
-class PublishResult:
-    """What became of one event.
-
-    Attributes:
-        success: JetStream has stored it (or had already: ``duplicate``).
-        event_id: the envelope's, also the ``Nats-Msg-Id``.
-        subject: where it was sent.
-        stream: the stream that has it.
-        sequence: its number in the stream.
-        duplicate: the stream had this ``event_id`` within its duplicate window.
-        error: why it is not stored, as text.
-        transient: an outage, not a refusal: try again with the same ``event_id``.
-    """
-
-    success: bool
-    event_id: str
-    subject: str
-    stream: str | None = None
-    sequence: int | None = None
-    duplicate: bool = False
-    error: str | None = None
-    transient: bool = False
-
-    def __bool__(self) -> bool:
-        return self.success
-
-    def raise_for_error(self) -> PublishResult:
-        """Returns itself; raises :class:`PublishError` where the event is not stored."""
-        if not self.success:
-            raise PublishError(
-                f"event {self.event_id} was not published to {self.subject}: {self.error}",
-                event_id=self.event_id,
-                subject=self.subject,
-                transient=self.transient,
-            )
-        return self
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, as Celery's result backends want them."""
-        return asdict(self)
 
 
 class Publisher:
@@ -153,99 +91,67 @@ class Publisher:
         todo = list(range(len(messages)))
         delay, most = RETRY_DELAY
         while True:
-            outcomes = await self._attempt([messages[i] for i in todo], deadline)
+            left = deadline - time.monotonic()
+            outcomes = await self._send_once([messages[i] for i in todo], left)
             for index, outcome in zip(todo, outcomes, strict=True):
-                results[index] = _result(messages[index], outcome)
-            todo = [i for i in todo if (r := results[i]) is not None and r.transient]
+                results[index] = outcome
+            todo = [i for i, outcome in zip(todo, outcomes, strict=True) if outcome.transient]
             pause = random.uniform(0.5, 1.0) * delay
             if not todo or time.monotonic() + pause >= deadline:
                 return [result for result in results if result is not None]
-            if any(isinstance(outcome, NoResponders) for outcome in outcomes):
+            if any(outcome.verdict is Verdict.NO_STREAM for outcome in outcomes):
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self._on_no_stream(), deadline - time.monotonic())
             await asyncio.sleep(pause)
             delay = min(most, delay * 2)
 
-    async def _attempt(
-        self, messages: Sequence[Message], deadline: float
-    ) -> list[Msg | BaseException]:
-        """Sends each once; answers (or what went wrong) aligned with ``messages``."""
-        left = max(0.001, deadline - time.monotonic())
+    async def attempt(
+        self, messages: Sequence[Message], keys: Sequence[str | None] | None, timeout: float
+    ) -> list[PublishResult]:
+        """Sends each once, in order for each key; see :func:`~.pipeline.send_pipelined`.
+
+        Runs in the loop thread. Never raises for the broker's sake; a server that refuses our
+        credentials is an outage here, since no message is at fault.
+        """
         try:
-            session = await self._connection.session(left)
+            return await self._attempt(messages, keys, timeout, timeout)
         except NotConnectedError as error:
-            return [error] * len(messages)
-        timeout = min(left, ATTEMPT_TIMEOUT + len(messages) / 2000)
-        return await _pipeline(session, messages, timeout)
+            return [failed(message, error) for message in messages]
 
+    async def _send_once(self, messages: Sequence[Message], timeout: float) -> list[PublishResult]:
+        try:
+            patience = ATTEMPT_TIMEOUT + len(messages) / 2000
+            return await self._attempt(messages, None, timeout, patience)
+        except ConnectionRefusedByServer as error:  # who waits for it is told at once
+            return [failed(message, Verdict.REFUSED, str(error)) for message in messages]
+        except NotConnectedError as error:
+            return [failed(message, error) for message in messages]
 
-async def _pipeline(
-    session: Session, messages: Sequence[Message], timeout: float
-) -> list[Msg | BaseException]:
-    loop = asyncio.get_running_loop()
-    end = loop.time() + timeout
-    late = NotConnectedError(f"JetStream did not confirm within {timeout:g} s")
-    futures: list[asyncio.Future[Msg]] = []
-    try:
-        for number, message in enumerate(messages):
-            if number >= WINDOW and not (oldest := futures[number - WINDOW]).done():
-                await asyncio.wait([oldest], timeout=end - loop.time())
-            if loop.time() >= end:
-                break
-            futures.append(await _send(session, message))
-        if futures:
-            await asyncio.wait(futures, timeout=max(0.0, end - loop.time()))
-    finally:
-        for future in futures:
-            future.cancel()
-    outcomes = [_outcome(future, late) for future in futures]
-    return outcomes + [late] * (len(messages) - len(outcomes))
+    async def _attempt(
+        self,
+        messages: Sequence[Message],
+        keys: Sequence[str | None] | None,
+        timeout: float,
+        patience: float,
+    ) -> list[PublishResult]:
+        """``timeout`` is for all of it, ``patience`` for the answers once there is a session."""
+        end = time.monotonic() + timeout
+        session = await self._connection.session(max(0.001, timeout))
+        left = max(0.001, min(end - time.monotonic(), patience))
+        return await send_pipelined(session, messages, keys=keys, timeout=left)
 
+    async def has_stream(self, subject: str) -> bool:
+        """Whether a stream takes a subject, made just now where that is our business.
 
-async def _send(session: Session, message: Message) -> asyncio.Future[Msg]:
-    try:
-        return await session.send(message.subject, message.body, message.headers)
-    except (EventError, NotConnectedError) as error:
-        unsent: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
-        unsent.set_exception(error)
-        return unsent
+        Runs in the loop thread.
 
-
-def _outcome(future: asyncio.Future[Msg], late: NotConnectedError) -> Msg | BaseException:
-    return late if future.cancelled() else future.exception() or future.result()
-
-
-def _result(message: Message, outcome: Msg | BaseException) -> PublishResult:
-    event_id, subject = message.event_id, message.subject
-    if isinstance(outcome, NoResponders):
-        error = f"no stream takes the subject {subject} (is it provisioned, is JetStream up?)"
-        return PublishResult(False, event_id, subject, error=error, transient=True)
-    if isinstance(outcome, BaseException):
-        refused = isinstance(outcome, (ConnectionRefusedByServer, EventError))
-        return PublishResult(False, event_id, subject, error=str(outcome), transient=not refused)
-    try:
-        answer = json.loads(outcome.data)
-        problem = answer.get("error")
-    except (ValueError, AttributeError):
-        return PublishResult(False, event_id, subject, error="the answer is no PubAck")
-    if problem:
-        return PublishResult(
-            False, event_id, subject, error=_describe(problem), transient=_transient(problem)
-        )
-    return PublishResult(
-        True,
-        event_id,
-        subject,
-        stream=answer.get("stream"),
-        sequence=answer.get("seq"),
-        duplicate=bool(answer.get("duplicate")),
-    )
-
-
-def _transient(problem: Mapping[str, Any]) -> bool:
-    """503 (resources, leader, limits with discard new) and 10158 pass; the rest is a refusal."""
-    return problem.get("code") in (408, 503) or problem.get("err_code") == ID_IN_PROCESS
-
-
-def _describe(problem: Mapping[str, Any]) -> str:
-    return f"{problem.get('description', 'refused')} (error {problem.get('err_code', '?')})"
+        Raises:
+            NotConnectedError: JetStream does not say.
+        """
+        await self._on_no_stream()
+        session = await self._connection.session()
+        asked = json.dumps({"subject": subject}).encode()
+        answer = json.loads((await session.ask("$JS.API.STREAM.NAMES", asked)).data)
+        if "error" in answer:
+            raise NotConnectedError(f"JetStream answered {answer['error']}")
+        return bool(answer.get("streams"))

@@ -11,9 +11,11 @@ import contextlib
 import inspect
 import itertools
 import logging
+import re
 import socket
 import weakref
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import nats.aio.client
@@ -21,7 +23,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 
-from .exceptions import ConnectionRefusedByServer, EventError, NotConnectedError
+from .exceptions import ConnectionRefusedByServer, EventError, NoResponders, NotConnectedError
 from .headers import wire_size
 
 __all__ = ("Client", "NoResponders", "Session")
@@ -31,13 +33,14 @@ logger = logging.getLogger(__name__)
 #: Unacknowledged bytes for this long (milliseconds) make the kernel give the socket up (Linux).
 TCP_USER_TIMEOUT_MS = 5_000
 WATCH_INTERVAL = 0.5
+#: Unwritten bytes of posted messages, from which on none is to be posted.
+FULL = 256 * 1024
+
+OnAnswer = Callable[[str, "Msg | NotConnectedError"], None]
+"""Called with a token and its answer, or with why there is none; must not raise or block."""
 
 #: All clients of this process, for a forked child to close its copies of their sockets.
 clients: weakref.WeakSet[Client] = weakref.WeakSet()
-
-
-class NoResponders(NotConnectedError):
-    """Nobody listens on the subject: no stream, no consumer, or an election (NATS 503)."""
 
 
 class Session:
@@ -48,7 +51,7 @@ class Session:
         self.lost: asyncio.Event = asyncio.Event()
         self.error: BaseException | None = None
         self._check = asyncio.Event()
-        self._waiting: dict[str, asyncio.Future[Msg]] = {}
+        self._waiting: dict[str, OnAnswer] = {}
         self._tokens = itertools.count()
         self._prefix = ""
 
@@ -73,6 +76,7 @@ class Session:
                 raise NotConnectedError("the NATS server closed the connection at once")
             self.client.tune_socket()
             self._prefix = self.client.new_inbox() + "."
+            self.client.answer_directly(self._prefix, self._on_answer)
             await self.client.subscribe(self._prefix + "*", cb=self._on_reply)
         except BaseException as error:
             self.client.abort()
@@ -93,10 +97,10 @@ class Session:
         self.lost.set()
         self._check.set()
         self.client.abort()
-        for future in self._waiting.values():
-            if not future.done():
-                future.set_exception(NotConnectedError("the NATS connection was lost"))
-                future.exception()  # whoever stopped waiting is not to be warned about
+        waiting = dict(self._waiting)
+        self._waiting.clear()
+        for token, on_answer in waiting.items():
+            on_answer(token, NotConnectedError("the NATS connection was lost"))
 
     async def send(
         self, subject: str, payload: bytes = b"", headers: dict[str, str] | None = None
@@ -116,10 +120,7 @@ class Session:
         size, limit = wire_size(payload, headers), self.client.max_payload
         if size > limit:
             raise EventError(f"{size} bytes with headers, and the server takes {limit} at most")
-        token = str(next(self._tokens))
-        future: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
-        self._waiting[token] = future
-        future.add_done_callback(lambda _: self._waiting.pop(token, None))
+        token, future = self._expect()
         try:
             await self.client.publish(subject, payload, self._prefix + token, headers)
         except (NatsError, OSError) as error:
@@ -129,6 +130,52 @@ class Session:
             future.cancel()
             raise
         return future
+
+    def post(
+        self, subject: str, payload: bytes, headers: Mapping[str, str], on_answer: OnAnswer
+    ) -> str:
+        """Lays a message ready to be sent, and returns its token; :meth:`flush` sends it.
+
+        For many messages: no future and no task for each, and one write for all of them.
+        ``on_answer`` is called once with the token, unless :meth:`forget` comes first.
+
+        Raises:
+            EventError: the server would not take it; sent, it would cost the connection.
+            NotConnectedError: it cannot be sent now.
+        """
+        if self.lost.is_set():
+            raise NotConnectedError("the NATS connection was lost")
+        token = str(next(self._tokens))
+        limit = self.client.max_payload
+        self.client.put(_frame(subject, self._prefix + token, payload, headers, limit))
+        self._waiting[token] = on_answer
+        return token
+
+    @property
+    def full(self) -> bool:
+        """So much waits to be written that no more is to be posted before a :meth:`flush`."""
+        return self.client.pending_data_size >= FULL
+
+    def flush(self) -> asyncio.Future[Any]:
+        """Sends what was posted; done when the socket has taken it, but for 64 KiB.
+
+        The future fails with ``NotConnectedError``; a caller that stops waiting cancels it.
+
+        Raises:
+            NotConnectedError: it cannot be sent now.
+        """
+        token, written = self._expect()
+        try:
+            self.client.kick(written)
+        except asyncio.QueueFull:
+            self._waiting.pop(token)
+            raise NotConnectedError("the NATS server does not read what is sent") from None
+        return written
+
+    def forget(self, tokens: Iterable[str]) -> None:
+        """Nobody waits for these answers any more."""
+        for token in tokens:
+            self._waiting.pop(token, None)
 
     async def ask(
         self,
@@ -175,13 +222,25 @@ class Session:
     # -- what nats-py calls: never raises (that would kill its read loop), never blocks ----------
 
     async def _on_reply(self, message: Msg) -> None:
-        future = self._waiting.get(message.subject[len(self._prefix) :])
-        if future is None or future.done():
+        self._on_answer(message)
+
+    def _on_answer(self, message: Msg) -> None:
+        token = message.subject[len(self._prefix) :]
+        on_answer = self._waiting.pop(token, None)
+        if on_answer is None:
             return
         if message.headers and message.headers.get("Status") == "503":
-            future.set_exception(NoResponders(f"no responders: {message.subject}"))
+            on_answer(token, NoResponders(f"no responders: {message.subject}"))
         else:
-            future.set_result(message)
+            on_answer(token, message)
+
+    def _expect(self) -> tuple[str, asyncio.Future[Any]]:
+        """A token, and the future of its answer; forgotten when that is done."""
+        token = str(next(self._tokens))
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._waiting[token] = partial(_settle, future)
+        future.add_done_callback(lambda _: self._waiting.pop(token, None))
+        return token, future
 
     async def _on_error(self, error: BaseException) -> None:
         self.error = error
@@ -203,16 +262,54 @@ class Session:
         await self._on_lost()
 
 
+def _settle(future: asyncio.Future[Any], _: str, answer: Msg | NotConnectedError) -> None:
+    if future.done():
+        return
+    if isinstance(answer, NotConnectedError):
+        future.set_exception(answer)
+        future.exception()  # whoever stopped waiting is not to be warned about
+    else:
+        future.set_result(answer)
+
+
+_BREAK = re.compile(r"[\0-\x20]")
+
+
+def _frame(
+    subject: str, reply: str, payload: bytes, headers: Mapping[str, str], limit: int
+) -> bytes:
+    """The bytes of one PUB or HPUB, as nats-py writes them."""
+    if not subject or _BREAK.search(subject):
+        raise EventError(f"subject {subject!r} cannot be sent")
+    block = _header_block(headers) if headers else b""
+    size = len(block) + len(payload)
+    if size > limit:
+        raise EventError(f"{size} bytes with headers, and the server takes {limit} at most")
+    line = f"HPUB {subject} {reply} {len(block)}" if block else f"PUB {subject} {reply}"
+    return b"".join((f"{line} {size}\r\n".encode(), block, payload, b"\r\n"))
+
+
+def _header_block(headers: Mapping[str, str]) -> bytes:
+    lines = [f"{name.strip()}: {value.strip()}" for name, value in headers.items()]
+    block = "\r\n".join(("NATS/1.0", *lines, "\r\n"))
+    if block.count("\r") != len(lines) + 2 or block.count("\n") != len(lines) + 2:
+        raise EventError("a header has a line break, which would end it")
+    return block.encode()
+
+
 class Client(nats.aio.client.Client):
-    """nats-py's client with the three things that its public API does not give.
+    """nats-py's client with the four things that its public API does not give.
 
     What is not public of nats-py is used here only (tried on 2.10 to 2.16):
-    ``_connect_command``, the tasks, ``_status`` and ``_transport._io_writer``.
+    ``_connect_command``, the tasks, ``_status``, ``_transport._io_writer``, ``_pending`` and
+    ``_flush_queue``, ``_process_msg`` and ``_build_message``.
     """
 
     def __init__(self, *, tls_wanted: bool) -> None:
         super().__init__()
         self._tls_wanted = tls_wanted
+        self._inbox = b""
+        self._on_answer: Callable[[Msg], None] | None = None
         clients.add(self)
 
     def _connect_command(self) -> bytes:
@@ -226,11 +323,41 @@ class Client(nats.aio.client.Client):
         command: bytes = super()._connect_command()
         return command
 
+    def answer_directly(self, inbox: str, on_answer: Callable[[Msg], None]) -> None:
+        """Has ``on_answer`` called for what comes to the subjects that begin with ``inbox``.
+
+        Of those only with what has no headers; the rest goes the usual way.
+        """
+        self._inbox, self._on_answer = inbox.encode(), on_answer
+
+    async def _process_msg(
+        self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes
+    ) -> None:
+        """Hands an answer over at once: nats-py's queue and task cost as much as all the rest."""
+        if self._on_answer is None or headers or not subject.startswith(self._inbox):
+            await super()._process_msg(sid, subject, reply, data, headers)
+        else:
+            self._on_answer(self._build_message(sid, subject, reply, data, None))
+
+    def put(self, frame: bytes) -> None:
+        """Appends to what is to be written; :meth:`kick` writes it."""
+        self._pending.append(frame)
+        self._pending_data_size += len(frame)
+
+    def kick(self, written: asyncio.Future[Any]) -> None:
+        """Has all that is pending written, and ``written`` done when the socket has taken it.
+
+        Raises:
+            asyncio.QueueFull: too many wait for that already.
+        """
+        assert self._flush_queue is not None, "not connected"
+        self._flush_queue.put_nowait(written)
+
     @property
     def alive(self) -> bool:
-        """Connected, and something still reads what the server sends."""
-        reader = self._reading_task
-        return bool(self.is_connected and reader is not None and not reader.done())
+        """Connected, and something still reads what the server sends, and writes what we send."""
+        tasks = (self._reading_task, self._flusher_task)
+        return bool(self.is_connected and all(task and not task.done() for task in tasks))
 
     @property
     def encrypted(self) -> bool:

@@ -28,7 +28,7 @@ from celery_jetstream.exceptions import (
     PublishError,
     SubjectError,
 )
-from celery_jetstream.publisher import PublishResult
+from celery_jetstream.outcomes import PublishResult, Verdict
 from celery_jetstream.signals import (
     after_event_publish,
     before_event_publish,
@@ -162,9 +162,9 @@ def test_the_first_event_makes_the_stream_and_is_stored(publish: Publishing) -> 
         sequence=1,
         duplicate=False,
         error=None,
-        transient=False,
+        verdict=Verdict.STORED,
     )
-    assert bool(result) is True
+    assert (bool(result), result.transient) == (True, False)
     assert result.raise_for_error() is result
     assert json.loads(json.dumps(result.as_dict())) == result.as_dict()
     (stored,) = publish.stored()
@@ -752,6 +752,9 @@ def test_publish_event_has_the_task_id_as_event_id(
         "sequence": 1,
         "duplicate": False,
         "error": None,
+        "verdict": "stored",
+        "error_code": None,
+        "queued": False,
         "transient": False,
     }
     again = publish_event.apply(kwargs=event, task_id="task-1")
