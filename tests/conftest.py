@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 
-from tests.servers import OLD_NATS_SERVER, NatsServer, RabbitServer, RedisServer, need, wait_until
+from tests.databases import Database
+from tests.servers import (
+    OLD_NATS_SERVER,
+    MariaServer,
+    NatsServer,
+    PostgresServer,
+    RabbitServer,
+    RedisServer,
+    need,
+    wait_until,
+)
 
 __all__ = ("Names", "wait_until")
 
@@ -37,10 +47,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(key=_folder_rank)
-    if config.getoption("--rounds") == 1:
-        for item in items:
-            if item.get_closest_marker("soak"):
-                item.add_marker(pytest.mark.skip(reason="only with --rounds above 1: make crash"))
+    many_rounds = config.getoption("--rounds") > 1
+    for item in items:
+        if many_rounds and "crash" in item.path.parts:
+            item.add_marker(pytest.mark.timeout(0), append=False)  # comes before the module's
+        elif not many_rounds and item.get_closest_marker("soak"):
+            item.add_marker(pytest.mark.skip(reason="only with --rounds above 1: make crash"))
 
 
 def _folder_rank(item: pytest.Item) -> int:
@@ -94,6 +106,56 @@ def rabbit_server() -> Iterator[RabbitServer]:
     need("rabbitmq")
     with RabbitServer() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """The one that all tests share; it does not wait for the disk."""
+    need("postgresql")
+    with PostgresServer(fsync=False) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def maria_server() -> Iterator[MariaServer]:
+    """The one that all tests share; it does not wait for the disk."""
+    need("mariadb")
+    with MariaServer(fsync=False) as server:
+        yield server
+
+
+@pytest.fixture
+def postgresql(postgres_server: PostgresServer) -> Database:
+    """Empty for this test: the tables are in a schema of the test's own user."""
+    name = _new_name()
+    postgres_server.create_user(name)
+    url, async_url = postgres_server.url, postgres_server.async_url
+    return Database("postgresql", url("postgres", name), async_url("postgres", name))
+
+
+@pytest.fixture
+def mariadb(maria_server: MariaServer) -> Database:
+    name = _new_name()
+    maria_server.create_database(name)
+    return Database("mariadb", maria_server.url(name))
+
+
+@pytest.fixture
+def sqlite(tmp_path: Path) -> Database:
+    """A file that is not there yet; who makes the engine switches WAL on."""
+    path = tmp_path / "database.sqlite"
+    return Database("sqlite", f"sqlite+pysqlite:///{path}", f"sqlite+aiosqlite:///{path}")
+
+
+@pytest.fixture(params=["postgresql", "mariadb", "sqlite"])
+def database(request: pytest.FixtureRequest) -> Database:
+    """Each kind in turn, empty. It is not dropped: it goes with its server."""
+    database: Database = request.getfixturevalue(request.param)
+    return database
+
+
+def _new_name() -> str:
+    return f"test_{uuid.uuid4().hex}"
 
 
 @pytest.fixture
