@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
 from typing import Any
 
@@ -16,7 +14,9 @@ from celery.bin.base import (
     CeleryOption,
     handle_preload_options,
 )
-from celery.platforms import create_pidlock, maybe_drop_privileges, signals
+
+from .cli_outbox import outbox
+from .commands import daemon, jetstream_of, stop_on_signals
 
 __all__ = ("jetstream",)
 
@@ -39,37 +39,19 @@ def bridge(
     loglevel: Any,
     once: bool,
     max_messages: int | None,
-    logfile: str | None = None,
-    pidfile: str | None = None,
-    uid: str | None = None,
-    gid: str | None = None,
-    umask: str | None = None,
-    **_: Any,
+    **options: Any,
 ) -> None:
     """Turns every JetStream message into a task, until SIGTERM or SIGINT.
 
     A second signal ends it at once. Exit status: 0 after a stop, 1 where it could not start.
     """
     from .bridge import Bridge
-    from .exceptions import CeleryJetStreamError
 
-    maybe_drop_privileges(uid=uid, gid=gid)
-    if umask:
-        os.umask(int(umask, 8))
     app = ctx.obj.app
-    app.loader.init_worker()
-    app.finalize()
-    app.log.setup(loglevel=loglevel, logfile=logfile)
-    lock = create_pidlock(pidfile) if pidfile else None
-    try:
-        running = Bridge(_of(app), max_messages=max_messages, once=once)
-        _stop_on_signals(running)
+    with daemon(app, loglevel=loglevel, **options):
+        running = Bridge(jetstream_of(app), max_messages=max_messages, once=once)
+        stop_on_signals(running)
         running.run()
-    except CeleryJetStreamError as error:
-        raise click.ClickException(str(error)) from error
-    finally:
-        if lock is not None:
-            lock.release()
 
 
 @jetstream.command(cls=CeleryCommand)
@@ -86,14 +68,14 @@ def provision(ctx: click.Context, dry_run: bool, as_json: bool, **_: Any) -> Non
 
     app = ctx.obj.app
     try:
-        plan = _of(app).provision(dry_run=dry_run)
+        plan = jetstream_of(app).provision(dry_run=dry_run)
     except CeleryJetStreamError as error:
         if as_json:
             click.echo(json.dumps({"error": str(error)}))
             sys.exit(1)
         raise click.ClickException(str(error)) from error
     finally:
-        _of(app).close()
+        jetstream_of(app).close()
     if as_json:
         click.echo(json.dumps({"dry_run": dry_run, "changes": _as_dicts(plan)}))
     else:
@@ -112,26 +94,4 @@ def _as_dicts(plan: Any) -> list[dict[str, Any]]:
     ]
 
 
-def _of(app: Any) -> Any:
-    from .extension import JetStream
-
-    found = getattr(app, "jetstream", None)
-    if not isinstance(found, JetStream):
-        raise click.ClickException(
-            f"the Celery app {app.main!r} has no JetStream: add JetStream(app) where it is made"
-        )
-    return found
-
-
-def _stop_on_signals(running: Any) -> None:
-    """The first signal stops in bounded time; the second ends the process there and then."""
-
-    def stop(signum: int, frame: object) -> None:
-        signals["SIGTERM"] = signals["SIGINT"] = end
-        running.stop()
-
-    def end(signum: int, frame: object) -> None:
-        os._exit(128 + signum)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signals[number] = stop
+jetstream.add_command(outbox)

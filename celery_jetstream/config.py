@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType, ModuleType
 from typing import Any
@@ -103,6 +102,37 @@ class Config:
     use_dlq: bool = _setting(True, readers.flag, "True")
     no_dlq_action: str | None = _setting(None, readers.no_dlq_action, '"log_and_term"')
 
+    # The outbox.
+    use_outbox: bool = _setting(False, readers.flag, "True")
+    database_url: str | None = _setting(
+        None, readers.database_url, '"postgresql+psycopg://user@host/shop"'
+    )
+    session_factory: Callable[..., Any] | str | None = _setting(  # noqa: RUF009
+        None, readers.factory, 'a sessionmaker, or "shop.db.Session"', hash=False
+    )
+    outbox_model: Callable[..., Any] | str | None = _setting(  # noqa: RUF009
+        None, readers.factory, '"shop.models.ShopOutbox"', hash=False
+    )
+    outbox_table: str = _setting("jetstream_outbox", readers.identifier, '"jetstream_outbox"')
+    outbox_schema: str | None = _setting(None, readers.identifier, '"events"')
+    outbox_batch_size: int = _setting(1000, readers.whole(1, 10_000), "1000")
+    outbox_lease: float = _setting(30.0, readers.seconds("1s", "1h"), '30 or "30s"')
+    outbox_flush_interval: float = _setting(5.0, readers.seconds("0.1s", "1h"), '5 or "5s"')
+    outbox_max_seconds: float = _setting(20.0, readers.seconds("0.1s", "1h"), '20 or "20s"')
+    outbox_queue: str | None = _setting(None, readers.text, '"outbox"')
+    outbox_beat: bool = _setting(True, readers.flag, "True")
+    outbox_beat_name: str = _setting(
+        "celery_jetstream.flush_outbox", readers.text, '"celery_jetstream.flush_outbox"'
+    )
+    outbox_nudge: bool = _setting(True, readers.flag, "True")
+    outbox_retention: float = _setting(
+        86400.0, readers.seconds("0s", "36500d"), '"1d", or 0 to delete what is sent'
+    )
+    outbox_on_failure: str = _setting("park", readers.choice("park", "skip"), '"park"')
+    outbox_max_attempts: int = _setting(10, readers.whole(1, 1_000_000), "10")
+    outbox_max_age: float = _setting(3600.0, readers.seconds("0s", "36500d"), '"1h"')
+    outbox_no_stream_grace: float = _setting(60.0, readers.seconds("0s", "30d"), '60 or "1m"')
+
     def __post_init__(self) -> None:
         values, problems = _check({name: getattr(self, name) for name in _FIELDS})
         _raise(problems)
@@ -163,6 +193,11 @@ class Config:
         return self.max_payload - _DEAD_LETTER_RESERVE
 
     @property
+    def has_outbox(self) -> bool:
+        """Whether there is a database for an outbox."""
+        return self.database_url is not None or self.session_factory is not None
+
+    @property
     def tls_wanted(self) -> bool:
         """Whether a connection in clear text is to be refused."""
         secure = any(url.startswith(("tls:", "wss:")) for url in self.nats_urls)
@@ -180,7 +215,7 @@ class Config:
 
 _FIELDS = {field.name: field.metadata for field in dataclasses.fields(Config)}
 
-_RULES: tuple[tuple[tuple[str, str], Callable[[Any, Any], bool], str], ...] = (
+_RULES: tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...] = (
     (
         ("app_name", "destination_app"),
         lambda app, other: app != other,
@@ -203,6 +238,17 @@ _RULES: tuple[tuple[tuple[str, str], Callable[[Any, Any], bool], str], ...] = (
         lambda window, age: None in (window, age) or window <= age,
         "the server refuses a window longer than messages are kept; use at most"
         " jetstream_max_age, or None",
+    ),
+    (
+        ("use_outbox", "database_url", "session_factory"),
+        lambda use, url, factory: not use or url is not None or factory is not None,
+        "the outbox needs its database; set jetstream_database_url or jetstream_session_factory",
+    ),
+    (
+        ("outbox_lease", "duplicate_window"),
+        lambda lease, window: lease < (window or 120.0),
+        "rows of a flusher that was killed go out again after the lease, and the server must still"
+        " know them then; use a lease well below jetstream_duplicate_window (or the server's 2m)",
     ),
     (
         ("use_dlq", "no_dlq_action"),
@@ -295,6 +341,8 @@ def _shown(name: str, value: object) -> str:
         text = servers.shown_urls(value)
     elif name == "nats_options":
         text = servers.shown_options(value)
+    elif name == "database_url" and "://" not in str(value):
+        text = f"<{type(value).__name__}>"  # no URL, but it may have a password
     else:
-        text = re.sub("://.*@", "://***@", repr(value))
+        text = readers.masked(value)
     return text if len(text) <= 300 else f"{text[:297]}..."

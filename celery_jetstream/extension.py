@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from celery import Celery, bootsteps
 from celery import signals as celery_signals
@@ -31,6 +31,9 @@ from .request import HandBack, Keeper
 from .session import NoResponders
 from .settler import Settler
 
+if TYPE_CHECKING:
+    from .outbox import Outbox
+
 __all__ = ("JetStream",)
 
 logger = logging.getLogger(__name__)
@@ -42,10 +45,14 @@ SEND_GRACE = 5.0
 #: Seconds between two looks at the topology because a stream was missing.
 ENSURE_INTERVAL = 2.0
 
+FLUSH, PRUNE = "celery_jetstream.flush_outbox", "celery_jetstream.prune_outbox"
+#: Seconds between two prunings.
+PRUNE_INTERVAL = 600.0
+
 Middleware = Callable[[Event, Callable[[Event], Any]], Any]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Runtime:
     """What one process has; a forked child makes its own."""
 
@@ -53,6 +60,7 @@ class _Runtime:
     publisher: Publisher
     settler: Settler
     keeper: Keeper
+    outbox: Outbox | None = None  # made when it is first asked for
 
 
 class JetStream:
@@ -76,12 +84,17 @@ class JetStream:
             )
         self.app = app
         self.middleware: tuple[Middleware, ...] = ()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a model of the user's is imported with it held
         self._runtime: _Runtime | None = None
         self._ensured = 0.0
         app.jetstream = self
         app.steps["worker"].add(CheckSettings)
         app.steps["consumer"].add(HandBack)
+        self._scheduled: dict[str, Any] = {}
+        app.on_after_finalize.connect(self._schedule, weak=False)
+        celery_signals.import_modules.connect(self._schedule, sender=app)
+        if app.finalized:
+            self._schedule()
         _instances.add(self)
 
     def __repr__(self) -> str:
@@ -137,6 +150,8 @@ class JetStream:
         if runtime is None:
             return
         deadline = time.monotonic() + timeout
+        if runtime.outbox is not None:
+            runtime.outbox.close(timeout * 0.2)
         if runtime.settler.pending:
             with contextlib.suppress(NotConnectedError):
                 missing = runtime.settler.drain(timeout * 0.6)
@@ -247,6 +262,77 @@ class JetStream:
                 logger.error("event %s was not published: %s", result.event_id, result.error)
                 signals.event_publish_failed.send(sender=self, event=message.event, result=result)
 
+    # -- outbox ----------------------------------------------------------------------------------
+
+    @property
+    def outbox(self) -> Outbox:
+        """This process's outbox.
+
+        Raises:
+            ConfigurationError: it has no database.
+        """
+        process = self._process
+        if process.outbox is None:
+            with self._lock:
+                if process.outbox is None:
+                    process.outbox = self._make_outbox(process)
+        return process.outbox
+
+    def _make_outbox(self, process: _Runtime) -> Outbox:
+        if not self.config.has_outbox:
+            raise ConfigurationError(
+                "there is no outbox: set jetstream_database_url or jetstream_session_factory",
+                setting="jetstream_database_url",
+            )
+        try:
+            from .outbox import Outbox  # SQLAlchemy is for those who have an outbox
+        except ImportError as error:
+            raise ConfigurationError(
+                f'the outbox needs SQLAlchemy: pip install "celery-jetstream[sqlalchemy]" ({error})'
+            ) from error
+        return Outbox(self.config, process.connection, process.publisher, self._send_flush)
+
+    def _send_flush(self) -> None:
+        self.app.send_task(FLUSH, retry=False, ignore_result=True, **self._flush_options())
+
+    def _flush_options(self) -> dict[str, Any]:
+        """Where flushes go. Without ``expires``: a worker whose clock is ahead would drop them."""
+        queue = self.config.outbox_queue
+        options: dict[str, Any] = {"expiration": self.config.outbox_flush_interval}  # RabbitMQ's
+        return {**options, "queue": queue} if queue else options
+
+    def _schedule(self, **_: Any) -> None:
+        """Puts the flush and the pruning into beat's schedule; an entry of the user's stays.
+
+        Again when beat or a worker starts, for settings that were made later.
+        """
+        conf, before = self.app.conf, self._scheduled
+        self._scheduled = ours = self._entries()
+        if ours or before:
+            found = conf.beat_schedule.items()
+            users = {name: entry for name, entry in found if entry is not before.get(name)}
+            conf.beat_schedule = {**ours, **users}
+
+    def _entries(self) -> dict[str, Any]:
+        """What beat is to send."""
+        conf = self.app.conf
+        if not (conf.get("jetstream_database_url") or conf.get("jetstream_session_factory")):
+            return {}
+        try:
+            config = Config.from_app(self.app)
+        except ConfigurationError:
+            return {}  # said where the settings are used
+        if not config.outbox_beat:
+            return {}
+        queue = {"queue": config.outbox_queue} if config.outbox_queue else {}
+        return {
+            name: {"task": task, "schedule": every, "options": {**queue, "expiration": every}}
+            for name, task, every in (
+                (config.outbox_beat_name, FLUSH, config.outbox_flush_interval),
+                (f"{config.outbox_beat_name}.prune", PRUNE, PRUNE_INTERVAL),
+            )
+        }
+
     # -- topology --------------------------------------------------------------------------------
 
     def provision(self, *, dry_run: bool = False) -> plans.Plan:
@@ -348,7 +434,7 @@ class JetStream:
         return _Runtime(connection, publisher, settler, keeper)
 
     def _forget(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._runtime = None
 
 

@@ -22,10 +22,15 @@ __all__ = (
     "FLAGS",
     "Reader",
     "backoff",
+    "choice",
+    "database_url",
     "duration",
     "error_classes",
+    "factory",
     "flag",
+    "identifier",
     "items",
+    "masked",
     "name",
     "nearest",
     "no_dlq_action",
@@ -156,11 +161,59 @@ def backoff(value: object) -> tuple[float, ...]:
     return steps
 
 
+def choice(*words: str) -> Reader:
+    """Make the reader of one of some words."""
+
+    def read(value: object) -> str:
+        if value not in words:
+            raise ValueError(f"must be one of {', '.join(map(repr, words))}")
+        return str(value)
+
+    return read
+
+
+def identifier(value: object) -> str:
+    """Return the name of a table or schema."""
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,47}", value):
+        raise ValueError("must be letters, digits and '_', at most 48, not beginning with a digit")
+    return value
+
+
+def database_url(value: object) -> str:
+    """Return a URL of SQLAlchemy's with a driver that is not asynchronous."""
+    found = value if isinstance(value, str) else ""
+    if hasattr(value, "render_as_string"):  # SQLAlchemy's URL
+        found = value.render_as_string(hide_password=False)
+    if not (scheme := re.match(r"([a-z0-9_]+)(\+[a-z0-9_]+)?://", found)):
+        raise ValueError("must be a database URL")
+    if scheme[1] not in ("postgresql", "mysql", "mariadb", "sqlite"):
+        raise ValueError("must be of PostgreSQL, MariaDB, MySQL or SQLite")
+    if scheme[2] in ("+asyncpg", "+aiosqlite", "+aiomysql", "+asyncmy", "+psycopg_async"):
+        raise ValueError("its driver is asynchronous, and Celery's tasks are not")
+    return found
+
+
+def factory(value: object) -> Any:
+    """Return something to call, or the dotted name of it, which is imported at the first use."""
+    if callable(value):
+        return value
+    if not isinstance(value, str) or not re.fullmatch(r"[\w.]+[.:]\w+", value.strip()):
+        raise ValueError("must be something to call, or its dotted name")
+    return value.strip()
+
+
 def no_dlq_action(value: object) -> str:
     """Return the one action there is."""
     if value != "log_and_term":
         raise ValueError("there is no such action")
     return "log_and_term"
+
+
+def masked(value: object) -> str:
+    """Return the ``repr`` of a value without what may be credentials in the URLs it has."""
+    text = re.sub("://.*@", "://***@", repr(value))
+    text = re.sub(r"""(://[^/:\[\s]*:)(?![0-9]{1,5}[/?'"])[^/\s'"]+""", r"\1***", text)  # no port
+    return re.sub(r"""(://[^\s?]*\?)[^\s'")]+""", r"\1***", text)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -56,6 +56,7 @@ _beginning = threading.Lock()
 class JetStreamRequest(Request):
     """Celery's request, for a copy that carries a delivery; without one it is Celery's own."""
 
+    time_start: float | None
     delivery: Delivery | None = None
     refusal: End | None = None
     settled = False

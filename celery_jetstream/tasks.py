@@ -1,6 +1,6 @@
-"""The library's own tasks: ``publish_event``, and the signal hook that uses it.
+"""The library's own tasks: ``publish_event`` and the signal hook that uses it; the outbox's sweep.
 
-Both use the current app's JetStream, so that they work in reusable packages.
+All use the current app's JetStream, so that they work in reusable packages.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 
 from celery import current_app, shared_task
 
-from .exceptions import NotConnectedError
+from .exceptions import NotConnectedError, OutboxUnavailableError
 
-__all__ = ("publish_event", "publish_on")
+__all__ = ("flush_outbox", "prune_outbox", "publish_event", "publish_on")
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ IMMEDIATE_TIMEOUT = 1.0
     name="celery_jetstream.publish_event",
     max_retries=None,
     retry_backoff=True,
-    autoretry_for=(NotConnectedError,),
+    autoretry_for=(NotConnectedError, OutboxUnavailableError),
     retry_backoff_max=60,
 )
 def publish_event(self: Any, **event: Any) -> dict[str, Any]:
@@ -34,7 +34,8 @@ def publish_event(self: Any, **event: Any) -> dict[str, Any]:
 
     The arguments are those of ``JetStream.publish``. The ``event_id`` is the task's id unless
     given, so that a task that the broker delivers twice stores one event. An outage retries the
-    task, for ever, with the same ``event_id``; a refusal fails it.
+    task, for ever, with the same ``event_id``; a refusal fails it. With ``jetstream_use_outbox``
+    the event becomes a row of the outbox.
 
     Returns:
         The ``PublishResult`` as a dict.
@@ -44,10 +45,47 @@ def publish_event(self: Any, **event: Any) -> dict[str, Any]:
         EventError: the event cannot be sent.
     """
     event.setdefault("event_id", self.request.id)
-    result = self.app.jetstream.publish(**event)
+    jetstream = self.app.jetstream
+    if jetstream.config.use_outbox:
+        event.pop("timeout", None)  # nobody waits
+        return dict(jetstream.outbox.publish(**event).as_dict())
+    result = jetstream.publish(**event)
     if not result.success and result.transient:
         raise NotConnectedError(result.error)
     return dict(result.raise_for_error().as_dict())
+
+
+@shared_task(bind=True, name="celery_jetstream.flush_outbox", ignore_result=True, acks_late=False)
+def flush_outbox(self: Any, max_seconds: float | None = None) -> dict[str, Any]:
+    """Publishes what is due in the outbox, for ``jetstream_outbox_max_seconds`` at the most.
+
+    Sent by beat, and after a commit by a process that is not connected to NATS itself. Any number
+    of them at once is correct. An outage, of NATS or of the database, is in the result.
+
+    Returns:
+        The ``FlushResult`` as a dict.
+    """
+    jetstream = self.app.jetstream
+    try:
+        result = jetstream.outbox.drain(max_seconds or jetstream.config.outbox_max_seconds)
+    except OutboxUnavailableError as error:
+        logger.warning("the outbox was not flushed: %s", error)
+        return {"outage": str(error)}
+    return dict(result.as_dict())
+
+
+@shared_task(bind=True, name="celery_jetstream.prune_outbox", ignore_result=True, acks_late=False)
+def prune_outbox(self: Any, max_seconds: float = 60.0) -> dict[str, Any]:
+    """Deletes rows that were sent longer than ``jetstream_outbox_retention`` ago, in small steps.
+
+    Returns:
+        ``{"deleted": …}``.
+    """
+    try:
+        return {"deleted": self.app.jetstream.outbox.prune(max_seconds=max_seconds)}
+    except OutboxUnavailableError as error:
+        logger.warning("the outbox was not pruned: %s", error)
+        return {"outage": str(error)}
 
 
 def publish_on(
@@ -71,7 +109,8 @@ def publish_on(
             None for all.
         payload: called with the signal's arguments (``sender=`` and the rest); its result is
             the payload. Default: the arguments that are plain JSON values.
-        immediate: publish now, one attempt of at most 1 s, and not by ``publish_event.delay``.
+        immediate: publish now, one attempt of at most 1 s, and not by ``publish_event.delay`` (or,
+            with ``jetstream_use_outbox``, a row of the outbox).
         event: further arguments of ``JetStream.publish``.
 
     Returns:
@@ -95,6 +134,8 @@ def publish_on(
 def _publish(immediate: bool, **event: Any) -> None:
     if immediate:
         current_app.jetstream.publish(timeout=IMMEDIATE_TIMEOUT, **event).raise_for_error()
+    elif current_app.jetstream.config.use_outbox:
+        current_app.jetstream.outbox.publish(**event)
     else:
         publish_event.apply_async(kwargs=event, retry=False)
 

@@ -43,6 +43,10 @@ class CeleryProcess:
     def pid(self) -> int:
         return self.process.pid
 
+    def poll(self) -> int | None:
+        """The exit status; None while it runs."""
+        return self.process.poll()
+
     def send(self, number: int) -> None:
         self.process.send_signal(number)
 

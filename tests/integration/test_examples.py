@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import os
@@ -9,17 +10,19 @@ import re
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import nats
 import pytest
 
 from celery_jetstream.testing import NatsServer, wait_until
 from examples.demo import __main__ as demo_program
 from examples.demo.stream import DeadLetter
-from examples.demo.view import State
+from examples.demo.view import Outbox, State
 from tests.servers import need
 from tests.stack import ROOT, CeleryProcess
 
@@ -93,6 +96,10 @@ def test_the_demo_adds_up_and_leaves_nothing_behind(environment: dict[str, str])
     assert sums["adds_up"] is True
     assert sums["published"] == sums["handled"] + sums["dead_lettered"] == 203
     assert sums["left"] == 0
+    outbox = sums["outbox"]
+    assert outbox["written"] == outbox["taken_in"] == outbox["flushed"] == 102
+    assert outbox["rolled_back"] == 11
+    assert outbox["cut_off"] > 0, "the relay had sent rows when it was killed"
     assert sums["retried"] == 6, "every check_run fails once"
     assert sorted((d["event_type"], d["reason"]) for d in sums["dead_letters"]) == [
         ("", "malformed_json"),
@@ -105,14 +112,14 @@ def test_the_demo_adds_up_and_leaves_nothing_behind(environment: dict[str, str])
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", ["starting", "running"])
+@pytest.mark.parametrize("moment", ["starting", "first relay killed"])
 def test_a_stopped_demo_leaves_no_process_and_no_file(
     start: Start, environment: dict[str, str], number: signal.Signals, moment: str
 ) -> None:
     need("nats")
     demo = start("demo", [*DEMO, "--rate=20"], environment)
-    demo.wait_for("handled," if moment == "starting" else "running: 31 published")
-    assert len(processes_of(environment)) >= (2 if moment == "starting" else 6)
+    demo.wait_for(f"{moment}: ")
+    assert len(processes_of(environment)) >= (2 if moment == "starting" else 7)
     demo.send(number)
     assert demo.wait(20) == 128 + number
     assert "Traceback" not in demo.text()
@@ -135,33 +142,53 @@ def test_the_demo_fails_when_it_does_not_add_up(environment: dict[str, str]) -> 
 LETTER = DeadLetter("unrecoverable_error", "ValueError", "github.security_advisory.x", "bad", 3)
 NO_JSON = DeadLetter("malformed_json", "DecodeError", "", "", 1)
 RECORD = [
-    {"event_type": "", "event_id": "", "sequence": 1},
-    {"event_type": "github.push", "event_id": "good", "sequence": 2},
-    {"event_type": "github.security_advisory.x", "event_id": "bad", "sequence": 3},
+    {"how": "at once", "event_type": "", "event_id": ""},
+    {"how": "at once", "event_type": "github.push", "event_id": "good"},
+    {"how": "outbox", "event_type": "github.security_advisory.x", "event_id": "bad"},
+    {"how": "rolled back", "event_type": "github.push", "event_id": "never"},
 ]
+OUTBOX = Outbox(taken_in=1, written=1, rolled_back=1, flushed=1, cut_off=1)
 
 
-@pytest.mark.parametrize(
-    ("handled", "letters", "left", "faults"),
-    [
-        ({"good"}, [NO_JSON, LETTER], 0, 0),
-        (set(), [NO_JSON, LETTER], 0, 2),  # one is lost: the sum, and its id
-        ({"bad"}, [NO_JSON, LETTER], 0, 1),  # the sum is right, the event is not
-        ({"good"}, [NO_JSON], 1, 3),
-        ({"good"}, [LETTER, dataclasses.replace(NO_JSON, reason="no_handler")], 0, 1),
-    ],
-)
-def test_the_demo_finds_what_does_not_add_up(
-    handled: set[str], letters: list[DeadLetter], left: int, faults: int
-) -> None:
-    state = State(published=3, handled=len(handled), dead_lettered=len(letters), left=left)
+def faults(
+    handled: dict[str, int], letters: list[DeadLetter], left: int = 0, outbox: Outbox = OUTBOX
+) -> list[str]:
+    state = State(
+        published=3, handled=len(handled), dead_lettered=len(letters), left=left, outbox=outbox
+    )
     demo: Any = SimpleNamespace(
         state=state,
         record=lambda: RECORD,
-        handled=lambda: handled,
+        handled=lambda: Counter(handled),
         dead_letters=lambda: letters,
     )
-    assert len(demo_program.faults(demo)) == faults
+    return demo_program.faults(demo)
+
+
+@pytest.mark.parametrize(
+    ("handled", "letters", "left", "number"),
+    [
+        ({"good": 1}, [NO_JSON, LETTER], 0, 0),
+        ({}, [NO_JSON, LETTER], 0, 2),  # one is lost: the sum, and its id
+        ({"bad": 1}, [NO_JSON, LETTER], 0, 1),  # the sum is right, the event is not
+        ({"never": 1}, [NO_JSON, LETTER], 0, 1),  # it was rolled back
+        ({"good": 2}, [NO_JSON, LETTER], 0, 1),
+        ({"good": 1}, [NO_JSON], 1, 3),
+        ({"good": 1}, [LETTER, dataclasses.replace(NO_JSON, reason="no_handler")], 0, 1),
+    ],
+)
+def test_the_demo_finds_what_does_not_add_up(
+    handled: dict[str, int], letters: list[DeadLetter], left: int, number: int
+) -> None:
+    assert len(faults(handled, letters, left)) == number
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"taken_in": 0}, {"written": 2, "flushed": 2}, {"flushed": 0}, {"cut_off": 0}]
+)
+def test_the_demo_finds_an_outbox_that_does_not_add_up(wrong: dict[str, int]) -> None:
+    outbox = dataclasses.replace(OUTBOX, **wrong)
+    assert len(faults({"good": 1}, [NO_JSON, LETTER], outbox=outbox)) == 1
 
 
 # -- the quickstart -----------------------------------------------------------------------------
@@ -183,12 +210,90 @@ def test_the_quickstart_handles_its_event(
     assert bridge.stop() == 0
 
 
+# -- the transactional outbox ----------------------------------------------------------------------
+
+SHOP, MAILER = (f"examples.transactional_outbox.{name}" for name in ("app", "mailer"))
+PLACED = """\
+order 1: placed, paid and shipped; its reminder is cancelled
+order 2: placed, paid and shipped; its reminder is cancelled
+order 3: placed; a reminder waits
+declined, and no event of it was sent: order 4 of dan@example.com
+"""
+
+
+def stored_in(url: str, stream: str) -> list[tuple[str, str]]:
+    """The type and the resource_id of each event in a stream, in order."""
+
+    async def read() -> list[tuple[str, str]]:
+        client = await nats.connect(url)
+        jetstream = client.jetstream()
+        last = (await jetstream.stream_info(stream)).state.last_seq
+        messages = [await jetstream.get_msg(stream, seq) for seq in range(1, last + 1)]
+        await client.close()
+        events = [json.loads(message.data) for message in messages]
+        return [(event["event_type"], event["resource_id"]) for event in events]
+
+    return asyncio.run(read())
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_the_shop_publishes_what_it_commits(
+    request: pytest.FixtureRequest,
+    start: Start,
+    environment: dict[str, str],
+    server: NatsServer,
+    kind: str,
+) -> None:
+    if kind == "postgresql":
+        environment["DATABASE_URL"] = request.getfixturevalue("postgresql").url
+    environment["NATS_URL"] = server.url
+    celery = [sys.executable, "-m", "celery", "-A"]
+
+    def outbox(*arguments: str) -> str:
+        ended = subprocess.run(
+            [*celery, SHOP, "jetstream", "outbox", *arguments],
+            env=environment, cwd=ROOT, capture_output=True, text=True, timeout=30,
+        )  # fmt: skip
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        return ended.stdout
+
+    def states() -> list[str]:
+        return [row["state"] for row in json.loads(outbox("list", "--json"))]
+
+    assert "the outbox is ready" in outbox("init")
+    worker = start("shop", [*celery, SHOP, "worker", "-B", "-c", "1", "-l", "INFO"], environment)
+    worker.wait_for(" ready.")
+    shop = start("orders", [sys.executable, "-m", SHOP], environment)
+    assert shop.wait() == 0, shop.text()
+    assert shop.text() == PLACED
+    wait_until(lambda: states().count("sent") == 7, 30, "the events to be sent")
+    assert Counter(states()) == {"sent": 7, "cancelled": 2, "scheduled": 1}
+    assert "1 pending, 7 sent" in outbox("status")
+    stored = stored_in(server.url, "jetstream-bridge-stream")
+    for order, steps in ("1", ["placed", "paid", "shipped"]), ("3", ["placed"]), ("4", []):
+        assert [what for what, key in stored if key == order] == [f"order.{s}" for s in steps]
+
+    mailer = start("mailer", [*celery, MAILER, "worker", "-c", "1", "-l", "INFO"], environment)
+    mailer.wait_for(" ready.")
+    start("bridge", [*celery, MAILER, "jetstream", "bridge"], environment)
+    mailer.wait_for("to ben@example.com: order 2 is shipped")
+    mailer.wait_for("to cleo@example.com: order 3 is placed")
+    assert "dan@example.com" not in mailer.text()
+
+
 # -- the README ---------------------------------------------------------------------------------
 
 USE = """
+from sqlalchemy.orm import Session
 import app
-result = app.place_order({"id": 7})
+from celery_jetstream.testing import wait_until
+outbox = app.jetstream.outbox
+result = app.check_stock({"id": 1})
 print(result.stream, result.sequence, result.subject)
+with Session(outbox.database.engine) as session, session.begin():
+    app.place_order(session, {"id": 7})
+outbox.drain()
+wait_until(lambda: [row.state for row in outbox.find()] == ["sent"], 10, "the event to be sent")
 app.on_invoice({"event_type": "invoice.sent", "payload": {"id": 1}})
 """
 
@@ -210,6 +315,7 @@ def test_the_readme_code_runs(
         assert ended.returncode == 0, ended.stdout + ended.stderr
         return ended.stdout
 
+    assert "the outbox is ready" in run("-m", "celery", "-A", "app", "jetstream", "outbox", "init")
     assert run("-c", USE).splitlines() == [
         "jetstream-bridge-stream 1 shop.sync.billing",
         "invoice.sent {'id': 1}",

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from celery import Celery
 from celery.exceptions import ImproperlyConfigured
+from sqlalchemy import create_engine, make_url
+from sqlalchemy.orm import sessionmaker
 
 from celery_jetstream.config import Config
 from celery_jetstream.exceptions import ConfigurationError
@@ -72,6 +74,25 @@ DEFAULTS: dict[str, object] = {
     "outage_errors": (),
     "use_dlq": True,
     "no_dlq_action": None,
+    "use_outbox": False,
+    "database_url": None,
+    "session_factory": None,
+    "outbox_model": None,
+    "outbox_table": "jetstream_outbox",
+    "outbox_schema": None,
+    "outbox_batch_size": 1000,
+    "outbox_lease": 30.0,
+    "outbox_flush_interval": 5.0,
+    "outbox_max_seconds": 20.0,
+    "outbox_queue": None,
+    "outbox_beat": True,
+    "outbox_beat_name": "celery_jetstream.flush_outbox",
+    "outbox_nudge": True,
+    "outbox_retention": 86_400.0,
+    "outbox_on_failure": "park",
+    "outbox_max_attempts": 10,
+    "outbox_max_age": 3600.0,
+    "outbox_no_stream_grace": 60.0,
 }
 
 
@@ -217,6 +238,33 @@ GOOD: list[tuple[str, object, object]] = [
     ("outage_errors", "ConnectionError", (ConnectionError,)),
     ("use_dlq", "yes", True),
     ("no_dlq_action", "log_and_term", "log_and_term"),
+    ("use_outbox", "no", False),
+    ("database_url", "postgresql+psycopg://u:p@h/shop?a=b", "postgresql+psycopg://u:p@h/shop?a=b"),
+    ("database_url", "mysql+pymysql://h/shop", "mysql+pymysql://h/shop"),
+    ("database_url", "mariadb+mariadbconnector://h/shop", "mariadb+mariadbconnector://h/shop"),
+    ("database_url", "sqlite:////tmp/shop.db", "sqlite:////tmp/shop.db"),
+    ("database_url", make_url("sqlite:///a"), "sqlite:///a"),
+    ("database_url", make_url("postgresql://u:p%40@h/shop"), "postgresql://u:p%40@h/shop"),
+    ("session_factory", " shop.db.Session ", "shop.db.Session"),
+    ("session_factory", "shop.db:Session", "shop.db:Session"),
+    ("session_factory", ShopError, ShopError),
+    ("outbox_model", "shop.models.ShopOutbox", "shop.models.ShopOutbox"),
+    ("outbox_model", ShopError, ShopError),
+    ("outbox_table", "shop_Outbox2", "shop_Outbox2"),
+    ("outbox_schema", "events", "events"),
+    ("outbox_batch_size", "10000", 10_000),
+    ("outbox_lease", "1m", 60.0),
+    ("outbox_flush_interval", "100ms", 0.1),
+    ("outbox_max_seconds", "1h", 3600.0),
+    ("outbox_queue", " outbox ", "outbox"),
+    ("outbox_beat", "off", False),
+    ("outbox_beat_name", "sweep", "sweep"),
+    ("outbox_nudge", 0, False),
+    ("outbox_retention", 0, 0.0),
+    ("outbox_on_failure", "skip", "skip"),
+    ("outbox_max_attempts", 1, 1),
+    ("outbox_max_age", 0, 0.0),
+    ("outbox_no_stream_grace", "0s", 0.0),
 ]  # fmt: skip
 
 
@@ -347,6 +395,35 @@ BAD: list[tuple[str, object, str]] = [
     ("unrecoverable_errors", ["NoSuchError"], "NoSuchError cannot be imported"),
     ("unrecoverable_errors", ["."], "cannot be imported"),
     ("outage_errors", [f"{__name__}.BAD"], "subclass of Exception"),
+    ("use_outbox", "perhaps", "must be True or False"),
+    ("database_url", "shop.db", "must be a database URL"),
+    ("database_url", 5, "must be a database URL"),
+    ("database_url", "oracle://h/shop", "PostgreSQL, MariaDB, MySQL or SQLite"),
+    ("database_url", "postgres://h/shop", "PostgreSQL, MariaDB, MySQL or SQLite"),
+    ("database_url", "postgresql+asyncpg://h/shop", "its driver is asynchronous"),
+    ("database_url", "sqlite+aiosqlite:///shop.db", "its driver is asynchronous"),
+    ("database_url", "mysql+aiomysql://h/shop", "its driver is asynchronous"),
+    ("session_factory", 5, "something to call, or its dotted name"),
+    ("session_factory", "Session", "something to call, or its dotted name"),
+    ("outbox_model", "shop models.Outbox", "something to call, or its dotted name"),
+    ("outbox_table", "", "must be letters, digits"),
+    ("outbox_table", "outbox; DROP TABLE orders", "must be letters, digits"),
+    ("outbox_table", "o" * 49, "at most 48"),
+    ("outbox_schema", "a.b", "must be letters, digits"),
+    ("outbox_batch_size", 0, "between 1 and 10000"),
+    ("outbox_lease", 0.5, "between 1s and 1h"),
+    ("outbox_lease", 120.0, "below jetstream_duplicate_window"),
+    ("outbox_flush_interval", 0, "between 0.1s and 1h"),
+    ("outbox_max_seconds", 0, "between 0.1s and 1h"),
+    ("outbox_queue", " ", "must be text"),
+    ("outbox_beat", 3, "must be True or False"),
+    ("outbox_beat_name", "a\nb", "must be text"),
+    ("outbox_nudge", "never", "must be True or False"),
+    ("outbox_retention", -1, "not below 0"),
+    ("outbox_on_failure", "wait", "must be one of 'park', 'skip'"),
+    ("outbox_max_attempts", 0, "between 1 and"),
+    ("outbox_max_age", "a while", "must be seconds"),
+    ("outbox_no_stream_grace", "31d", "between 0s and 30d"),
     ("no_dlq_action", "drop", "no such action; a good value is \"log_and_term\""),
 ]  # fmt: skip
 
@@ -358,7 +435,7 @@ def test_bad_values(name: str, value: object, message: str) -> None:
     assert error.setting == f"jetstream_{name}"
     assert str(error).startswith(f"jetstream_{name}=")
     assert re.search(message, str(error))
-    if name not in ("nats_urls", "nats_options") and len(repr(value)) < 200:
+    if name not in ("nats_urls", "nats_options", "database_url") and len(repr(value)) < 200:
         assert f"jetstream_{name}={value!r}" in str(error)
 
 
@@ -384,6 +461,16 @@ def test_bad_values(name: str, value: object, message: str) -> None:
             {"duplicate_window": "3h", "max_age": "1h"},
             "duplicate_window",
             "=10800.0, jetstream_max_age=3600.0: the server refuses",
+        ),
+        (
+            {"use_outbox": True},
+            "use_outbox",
+            "set jetstream_database_url or jetstream_session_factory",
+        ),
+        (
+            {"outbox_lease": 60, "duplicate_window": "1m"},
+            "outbox_lease",
+            "use a lease well below jetstream_duplicate_window",
         ),
         (
             {"use_dlq": False},
@@ -447,6 +534,11 @@ def test_a_config_shows_no_credentials() -> None:
     config = read(
         nats_urls=["nats://alice:s3cr3t@a:1", "s3cr3t@[::1]:4222", "b:2"], nats_options=options
     )
+    config = dataclasses.replace(
+        config,
+        database_url="postgresql+psycopg://alice:s3cr3t@h/shop?password=s3cr3t&x=1",
+        session_factory=sessionmaker(create_engine("sqlite:///a?password=s3cr3t&uri=true")),
+    )
     for text in (repr(config), str(config), f"{config}", "".join(config.safe_urls)):
         assert not any(secret in text for secret in SECRETS)
     assert config.safe_urls == ("nats://***@a:1", "nats://***@[::1]:4222", "nats://b:2")
@@ -491,6 +583,14 @@ def test_a_config_shows_no_credentials() -> None:
         {"app_name": "nats://alice:s3cr3t@a"},
         {"ack_wait": "nats://alice:s3cr3t@a"},
         {"password": "s3cr3t"},
+        {"database_url": "postgresql+asyncpg://alice:s3cr3t@h/shop"},
+        {"database_url": "oracle://alice:p@s3cr3t@h/shop"},
+        {"database_url": "oracle://alice:p/?s3cr3t@h/shop"},
+        {"database_url": "oracle://h/shop?user=alice&password=s3cr3t"},
+        {"database_url": "oracle://h:s3cr3t/shop"},
+        {"database_url": "alice:s3cr3t@h"},
+        {"database_url": make_url("postgresql+asyncpg://alice:s3cr3t@h/shop?password=s3cr3t")},
+        {"database_url": {"url": "postgresql://alice:s3cr3t@h/shop"}},
         {"environ": {"NATS_URL": "nats://alice:s3cr3t@a:port"}},
         {"environ": {"NATS_URLS": "nats://u:s3cr3t,p@b"}},
     ],
@@ -559,7 +659,7 @@ def test_the_environment_is_that_of_the_process(monkeypatch: pytest.MonkeyPatch)
     [
         ("ack_wit", "jetstream_ack_wit is not a setting; did you mean jetstream_ack_wait?"),
         ("nats_url", "jetstream_nats_url is not a setting; did you mean jetstream_nats_urls?"),
-        ("use_outbox", "jetstream_use_outbox is not a setting; "),
+        ("use_inbox", "jetstream_use_inbox is not a setting; "),
         ("zzz", "jetstream_zzz is not a setting; remove it"),
         ("", "jetstream_ is not a setting; remove it"),
     ],

@@ -1,0 +1,181 @@
+"""What the commands share: their app, and what a daemon is beside its work."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from typing import Any, Protocol
+
+import click
+from celery.platforms import create_pidlock, maybe_drop_privileges, signals
+
+from . import readers
+
+__all__ = (
+    "daemon",
+    "duration",
+    "filter_of",
+    "filter_options",
+    "jetstream_of",
+    "moment",
+    "outbox_of",
+    "progress_of",
+    "stop_on_signals",
+)
+
+#: ``outbox_filter.STATES``, without importing SQLAlchemy for ``--help``.
+STATES = (
+    *("pending", "sent", "failed", "exception", "cancelled"),
+    *("publishing", "retrying", "parked", "scheduled"),
+)
+
+
+class _Running(Protocol):
+    def stop(self) -> None: ...
+
+
+def jetstream_of(app: Any) -> Any:
+    """The app's JetStream."""
+    from .extension import JetStream
+
+    found = getattr(app, "jetstream", None)
+    if not isinstance(found, JetStream):
+        raise click.ClickException(
+            f"the Celery app {app.main!r} has no JetStream: add JetStream(app) where it is made"
+        )
+    return found
+
+
+@contextlib.contextmanager
+def daemon(
+    app: Any,
+    *,
+    loglevel: Any,
+    logfile: str | None = None,
+    pidfile: str | None = None,
+    uid: str | None = None,
+    gid: str | None = None,
+    umask: str | None = None,
+    **_: Any,
+) -> Iterator[None]:
+    """Sets up what the options of ``CeleryDaemonCommand`` say; our errors end with status 1."""
+    from .exceptions import CeleryJetStreamError
+
+    maybe_drop_privileges(uid=uid, gid=gid)
+    if umask:
+        os.umask(int(umask, 8))
+    app.loader.init_worker()
+    app.finalize()
+    app.log.setup(loglevel=loglevel, logfile=logfile)
+    lock = create_pidlock(pidfile) if pidfile else None
+    try:
+        yield
+    except CeleryJetStreamError as error:
+        raise click.ClickException(str(error)) from error
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def stop_on_signals(running: _Running) -> None:
+    """The first signal stops in bounded time; the second ends the process there and then."""
+
+    def stop(signum: int, frame: object) -> None:
+        signals["SIGTERM"] = signals["SIGINT"] = end
+        running.stop()
+
+    def end(signum: int, frame: object) -> None:
+        os._exit(128 + signum)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signals[number] = stop
+
+
+# -- of the outbox -----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def outbox_of(ctx: click.Context, as_json: bool = False) -> Iterator[Any]:
+    """The app's outbox; our errors are said in one line (or as JSON), and end with status 1."""
+    from .exceptions import CeleryJetStreamError
+
+    jetstream = jetstream_of(ctx.obj.app)
+    try:
+        yield jetstream.outbox
+    except CeleryJetStreamError as error:
+        if as_json:
+            click.echo(json.dumps({"error": str(error)}))
+            sys.exit(1)
+        raise click.ClickException(str(error)) from error
+    finally:
+        jetstream.close()
+
+
+@contextlib.contextmanager
+def progress_of(label: str) -> Iterator[Callable[[int, int], None] | None]:
+    """What a command tells its progress to; None where nobody looks at it."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    with click.progressbar(length=1, label=label, file=sys.stderr) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.length = max(1, done, total)
+            bar.update(done - bar.pos)
+
+        yield show
+
+
+def duration(value: Any) -> float:
+    """The type of an option: 30, 30s, 5m, 1h, 2d."""
+    try:
+        return readers.duration(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} {error}") from None
+
+
+def moment(value: Any) -> Any:
+    """The type of an option: so long ago, or a time (of UTC where it has no offset)."""
+    with contextlib.suppress(ValueError):
+        return readers.duration(value)
+    try:
+        found = datetime.fromisoformat(value.replace("Z", "+00:00"))
+    except ValueError:
+        raise click.BadParameter(
+            f"{value!r} must be a duration (1h) or a time (2026-01-31T12:00Z)"
+        ) from None
+    return found if found.tzinfo else found.replace(tzinfo=timezone.utc)
+
+
+_FILTERS = (
+    click.option("--status", type=click.Choice(STATES), help="The state that it is in."),
+    click.option("--type", "event_type", help="An event type, or a pattern: user.*, order.>"),
+    click.option("--key", "ordering_key", help="Its ordering key."),
+    click.option("--subject", help="Its subject."),
+    click.option("--id", "event_id", help="Its event_id."),
+    click.option("--older-than", type=duration, help="Written so long ago or longer: 5m, 1h, 2d."),
+    click.option("--newer-than", type=duration, help="Written so long ago or later."),
+)
+
+
+def filter_options(command: Any) -> Any:
+    """Adds the options of a filter, for :func:`filter_of`."""
+    for option in reversed(_FILTERS):
+        command = option(command)
+    return command
+
+
+def filter_of(options: dict[str, Any]) -> Any:
+    """The filter that these options are; others are left alone."""
+    from .exceptions import SubjectError
+    from .outbox_filter import Filter
+
+    try:
+        return Filter(**{name: options[name] for name in Filter.__dataclass_fields__})
+    except SubjectError as error:
+        raise click.BadParameter(str(error), param_hint="--type") from None
