@@ -8,6 +8,7 @@ ARGS ?=
 PYTHON := .venv/bin/python
 READY := .venv/.ready
 OLDEST := .venv-oldest
+PEERS := .venv-bench
 UV := $(shell command -v uv 2>/dev/null)
 SOURCES := celery_jetstream tests $(wildcard examples benchmarks)
 
@@ -18,7 +19,7 @@ MAKEFLAGS += --no-print-directory
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
-demo: $(READY) ## two apps, a bridge and real webhooks, with nothing to install or start
+demo: $(READY) ## two apps, an outbox, a bridge and real webhooks, with nothing to install or start
 	@$(PYTHON) -m examples.demo $(ARGS)
 
 test: $(READY) ## unit, integration and short crash tests; ARGS="-k name"
@@ -43,22 +44,26 @@ oldest: $(OLDEST)/.ready ## the settlement suite on the oldest Celery and nats-p
 crash: $(READY) ## the crash tests, ROUNDS times each
 	@$(PYTHON) -m pytest tests/crash --rounds=$(ROUNDS) --timeout=0 $(ARGS)
 
-bench: $(READY) ## figures: drain rate, publish rate
+bench: $(READY) ## figures, beside the peers'; ARGS="--only outbox"
+	@$(MAKE) $(PEERS)/.ready || echo "bench: the peers cannot be installed here and are left out"
 	@$(PYTHON) benchmarks/run.py $(ARGS)
 
 format: $(READY) ## write the code as ruff wants it
 	@$(PYTHON) -m ruff check --fix --quiet $(SOURCES) || true
 	@$(PYTHON) -m ruff format --quiet $(SOURCES)
 
-lock: $(READY) ## both locks anew; ARGS="--upgrade" for the newest
+lock: $(READY) ## all locks anew; ARGS="--upgrade" for the newest
 	@$(if $(UV),,$(PYTHON) -m pip install --quiet uv)
 	@$(compile) --output-file requirements.lock $(ARGS)
 	@$(compile) --output-file requirements-oldest.lock --constraint requirements-oldest.txt $(ARGS)
-compile = $(or $(UV),.venv/bin/uv) pip compile pyproject.toml --quiet --universal \
-	--python-version 3.10 --all-extras --generate-hashes --custom-compile-command "make lock"
+	@$(resolve) benchmarks/requirements.in --python-version 3.11 \
+		--output-file benchmarks/requirements.lock $(ARGS)
+compile = $(resolve) pyproject.toml --python-version 3.10 --all-extras
+resolve = $(or $(UV),.venv/bin/uv) pip compile --quiet --universal --generate-hashes \
+	--custom-compile-command "make lock"
 
 clean: ## what was built and installed here
-	@rm -rf .venv $(OLDEST) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	@rm -rf .venv $(OLDEST) $(PEERS) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
 	@find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): requirements.lock pyproject.toml
@@ -67,8 +72,18 @@ $(READY): requirements.lock pyproject.toml
 $(OLDEST)/.ready: requirements-oldest.lock pyproject.toml
 	$(call set_up,$(OLDEST),requirements-oldest.lock)
 
+$(PEERS)/.ready: benchmarks/requirements.lock
+	$(call set_up_pinned,$(PEERS),benchmarks/requirements.lock)
+	@touch $@
+
 # $(call set_up,environment,lock): the environment with what the lock pins, and this project
 define set_up
+	$(call set_up_pinned,$(1),$(2))
+	@$(call install,$(1)) --no-deps --no-build-isolation -e .
+	@touch $@
+endef
+# $(call set_up_pinned,environment,lock): the environment with what the lock pins
+define set_up_pinned
 	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
 		echo "Python 3.10 or newer is needed; $(PYTHON3) is" \
 			"$$($(PYTHON3) --version 2>/dev/null || echo not there)."; \
@@ -77,7 +92,5 @@ define set_up
 	@$(1)/bin/python -c '' 2>/dev/null || $(if $(UV),$(UV) venv --quiet --clear --no-python-downloads --python $(PYTHON3) $(1),$(PYTHON3) -m venv --clear $(1))
 	@$(if $(UV),,$(1)/bin/python -m pip --version > /dev/null 2>&1 || $(1)/bin/python -m ensurepip > /dev/null)
 	@$(call install,$(1)) --require-hashes -r $(2)
-	@$(call install,$(1)) --no-deps --no-build-isolation -e .
-	@touch $@
 endef
 install = $(if $(UV),$(UV) pip install --quiet --python $(1)/bin/python,$(1)/bin/python -m pip install --quiet --disable-pip-version-check)

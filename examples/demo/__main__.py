@@ -1,9 +1,13 @@
 """Two apps, a bridge, a worker and real webhooks, with nothing to install or start.
 
 Starts a nats-server and a Celery broker made of files in a temporary directory; ``hub`` publishes
-202 webhook deliveries and one message that is no event, ``desk`` handles them. Every number shown
-is asked from the server or read from what the handlers wrote. The exit status is 0 only if all
-that was published was handled or became a dead letter, and only what should.
+202 webhook deliveries and one message that is no event, ``desk`` handles them. About half of them
+are written to the hub's outbox, beside a row of its own; where the same delivery comes a second
+time, both are rolled back. The first relay of the outbox is killed (SIGKILL) when JetStream has
+what it sent and it has not noted that yet; the second takes over. Every number shown is asked from
+the server, from the hub's database, or read from what the handlers wrote. The exit status is 0
+only if all that was committed or published was stored and handled once, or became a dead letter,
+and only what should.
 """
 
 from __future__ import annotations
@@ -11,11 +15,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import shutil
 import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,10 +35,12 @@ from celery_jetstream.testing import NatsServer
 from examples.demo import processes, view
 from examples.demo.board import Board
 from examples.demo.processes import Program
+from examples.demo.store import Store
 from examples.demo.stream import DeadLetter, Stream
-from examples.demo.view import State
+from examples.demo.view import Outbox, State
 
 POISON = "github.security_advisory."
+STALLED = re.compile(r"stalled with (\d+) rows")
 #: The worker is the only one of its kind.
 ALONE = ("--without-gossip", "--without-mingle", "--without-heartbeat")
 
@@ -105,6 +113,7 @@ class Demo:
         self._programs: list[Program] = []
         self._record = directory / "published"
         self._board = Board(directory / "board.sqlite3")
+        self._store = Store(directory)
         app = Celery("watcher", set_as_current=False)
         app.conf.update(jetstream_app_name="hub", jetstream_destination_app="desk")
         app.conf.update(jetstream_nats_urls=self._server.url)
@@ -118,6 +127,7 @@ class Demo:
 
     def __exit__(self, *_: object) -> None:
         self._jetstream.close()
+        self._store.close()
         processes.end(self._programs, patience=3)
         self._server.stop()
 
@@ -127,16 +137,22 @@ class Demo:
         """Starts everything, and returns when everything is settled."""
         self._server.start()
         self._board.make()
-        celery = ["-m", "celery", "-A", "examples.demo.desk"]
-        worker = self._start("worker", *celery, "worker", "-c", "2", "-l", "INFO", *ALONE)
-        self._start("hub", "-m", "examples.demo.hub", *self._hub_options())
+        self._store.make()
+        desk = ["-m", "celery", "-A", "examples.demo.desk"]
+        relay = ["-m", "celery", "-A", "examples.demo.hub", "jetstream", "outbox", "relay"]
+        worker = self._start("worker", *desk, "worker", "-c", "2", "-l", "INFO", *ALONE)
+        self._hub = self._start("hub", "-m", "examples.demo.hub", *self._hub_options())
+        first = self._start("first relay", *relay, DEMO_STALL="1")
         # The queue is the worker's to declare: with files, two at a time may trip over each other.
         self._wait(lambda: worker.says(" ready."), "starting", screen)
-        self._start("bridge", *celery, "jetstream", "bridge")
-        self._wait(self._settled, "running", screen)
+        self._start("bridge", *desk, "jetstream", "bridge")
+        self._wait(lambda: first.says("stalled with"), "running", screen)
+        first.kill()
+        self._start("second relay", *relay)
+        self._wait(self._settled, "first relay killed", screen)
         self.seconds = time.monotonic() - self._began
 
-    def _start(self, name: str, *arguments: str) -> Program:
+    def _start(self, name: str, *arguments: str, **environment: str) -> Program:
         program = Program(
             name,
             list(arguments),
@@ -145,6 +161,7 @@ class Demo:
             NATS_URL=self._server.url,
             TMPDIR=str(self._directory),
             PYTHONUNBUFFERED="1",
+            **environment,
         )
         self._programs.append(program)
         return program
@@ -164,19 +181,34 @@ class Demo:
             if self._signals.received:
                 raise Stopped
             for program in self._programs:
-                if program.status or (program.status == 0 and program.name != "hub"):
+                if program.status is not None and not self._may_have_ended(program):
                     raise Failed(program.last_words())
             if time.monotonic() > self._began + self._options.timeout:
                 logs = "\n".join(program.last_words() for program in self._programs)
                 raise Failed(f"not done in {self._options.timeout:g} s: {self.state}\n{logs}")
             time.sleep(0.1)
 
+    def _may_have_ended(self, program: Program) -> bool:
+        return program.killed or (program is self._hub and program.status == 0)
+
     def _look(self, step: str) -> None:
+        """In the order of the path: what has left one station is seen at the next."""
+        hub_ended = self._hub.status == 0
+        rows = self._store.outbox()
         published, left = self._stream.counts()
         self.state = State(
             step=step,
-            total=max(published, len(self.record())),
+            hub_ended=hub_ended,
+            total=max(published, len(self.noted("at once", "outbox"))),
             published=published,
+            outbox=Outbox(
+                taken_in=self._store.taken_in(),
+                written=sum(rows.values()),
+                rolled_back=len(self.noted("rolled back")),
+                flushed=rows.get("sent", 0),
+                waiting=rows.get("pending", 0),
+                cut_off=self._cut_off(),
+            ),
             handled=len(self.handled()),
             retried=self._board.retried(),
             dead_lettered=len(self.dead_letters()),
@@ -185,20 +217,31 @@ class Demo:
             actors=self._board.actors(6),
         )
 
+    def _cut_off(self) -> int:
+        """Rows that the first relay had when it was killed."""
+        for program in self._programs:
+            if program.killed and (said := STALLED.search(program.log.read_text())):
+                return int(said[1])
+        return 0
+
     def _settled(self) -> bool:
-        hub = self._programs[1]
-        return hub.status == 0 and self.state.left == 0 < self.state.published
+        state = self.state
+        return state.hub_ended and state.outbox.waiting == state.left == 0 < state.published
 
     # -- what came of it -------------------------------------------------------------------------
 
     def record(self) -> list[dict[str, Any]]:
-        """What the hub says that it has published."""
+        """What the hub says that it has done."""
         if not self._record.exists():
             return []
         text = self._record.read_text()
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
-    def handled(self) -> set[str]:
+    def noted(self, *how: str) -> list[dict[str, Any]]:
+        return [line for line in self.record() if line["how"] in how]
+
+    def handled(self) -> Counter[str]:
+        """How often each event was handled."""
         return self._board.handled()
 
     def dead_letters(self) -> list[DeadLetter]:
@@ -221,21 +264,31 @@ def report(demo: Demo, console: Console, *, as_json: bool) -> int:
 
 def faults(demo: Demo) -> list[str]:
     """What does not add up, by the ids of the events and not only by their number."""
-    state, record = demo.state, demo.record()
-    published = {line["event_id"] for line in record if line["event_id"]}
-    poison = {line["event_id"] for line in record if line["event_type"].startswith(POISON)}
+    state, outbox, record = demo.state, demo.state.outbox, demo.record()
+    by_way = Counter(line["how"] for line in record)
+    meant = [line for line in record if line["how"] != "rolled back"]
+    published = {line["event_id"] for line in meant if line["event_id"]}
+    poison = {line["event_id"] for line in meant if line["event_type"].startswith(POISON)}
+    handled = demo.handled()
+    twice = sorted(event_id for event_id, times in handled.items() if times > 1)
     dead = {(letter.event_id, letter.reason) for letter in demo.dead_letters()}
     expected = {(event_id, "unrecoverable_error") for event_id in poison}
-    expected |= {("", "malformed_json") for line in record if not line["event_id"]}
+    expected |= {("", "malformed_json") for line in meant if not line["event_id"]}
     found = {
         f"published {state.published} is not handled {state.handled} + dead-lettered "
         f"{state.dead_lettered}": state.published != state.handled + state.dead_lettered,
-        f"the hub published {len(record)}, the stream took {state.published}": (
-            len(record) != state.published
+        f"the hub published {len(meant)}, the stream took {state.published}": (
+            len(meant) != state.published
         ),
         f"{state.left} messages are left in the stream": state.left > 0,
-        f"not handled: {sorted(published - poison - demo.handled())}": (
-            published - poison != demo.handled()
+        f"committed {by_way['outbox']} with their rows {outbox.taken_in}, the outbox has "
+        f"{outbox.written} and has sent {outbox.flushed}": (
+            len({by_way["outbox"], outbox.taken_in, outbox.written, outbox.flushed}) > 1
+        ),
+        "the relay that was killed had no rows": outbox.cut_off == 0,
+        f"handled twice: {twice}": bool(twice),
+        f"not as published: {sorted(handled.keys() ^ (published - poison))}": (
+            handled.keys() != published - poison
         ),
         f"dead letters are {sorted(dead)}, expected {sorted(expected)}": dead != expected,
     }
@@ -246,6 +299,7 @@ def numbers(demo: Demo, wrong: list[str]) -> dict[str, Any]:
     names = ("published", "handled", "retried", "dead_lettered", "left")
     return {
         **{name: getattr(demo.state, name) for name in names},
+        "outbox": dataclasses.asdict(demo.state.outbox),
         "adds_up": not wrong,
         "faults": wrong,
         "dead_letters": [dataclasses.asdict(letter) for letter in demo.dead_letters()],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,10 @@ class Board:
 
     # -- the display reads -----------------------------------------------------------------------
 
-    def handled(self) -> set[str]:
-        """The ids of the events whose handler came to its end."""
-        return {row[0] for row in self._rows("SELECT event_id FROM runs WHERE ended = 'handled'")}
+    def handled(self) -> Counter[str]:
+        """How often the handler of each event came to its end."""
+        rows = self._rows("SELECT event_id FROM runs WHERE ended = 'handled'")
+        return Counter(event_id for (event_id,) in rows)
 
     def retried(self) -> int:
         """Runs that were not an event's first."""

@@ -21,6 +21,7 @@ class Program:
     def __init__(self, name: str, arguments: list[str], log: Path, **environment: str) -> None:
         self.name = name
         self.log = log
+        self.killed = False
         with log.open("wb") as output:
             self._process = subprocess.Popen(
                 [*_guard(), sys.executable, *arguments],
@@ -56,6 +57,11 @@ class Program:
     def wait_until(self, deadline: float) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(max(0.0, deadline - time.monotonic()))
+
+    def kill(self) -> None:
+        """SIGKILL, on purpose."""
+        self.killed = True
+        self.end()
 
     def end(self) -> None:
         """Ends whatever is left of it."""

@@ -16,12 +16,26 @@ from examples.demo.stream import DeadLetter
 
 
 @dataclass(frozen=True)
+class Outbox:
+    """The hub's outbox: rows, by what became of them."""
+
+    taken_in: int = 0
+    written: int = 0
+    rolled_back: int = 0
+    flushed: int = 0
+    waiting: int = 0
+    cut_off: int = 0
+
+
+@dataclass(frozen=True)
 class State:
     """What there is to see at one moment."""
 
     step: str = "starting"
+    hub_ended: bool = False
     total: int = 0
     published: int = 0
+    outbox: Outbox = Outbox()
     handled: int = 0
     retried: int = 0
     dead_lettered: int = 0
@@ -52,7 +66,8 @@ class Lines(Nothing):
 
     def show(self, state: State) -> None:
         line = (
-            f"{state.step}: {state.published} published, {state.handled} handled, "
+            f"{state.step}: {state.published} published ({state.outbox.waiting} wait in the "
+            f"outbox), {state.handled} handled, "
             f"{state.retried} retried, {state.dead_lettered} dead-lettered"
         )
         if line != self._last:
@@ -89,6 +104,7 @@ def screen(console: Console) -> Nothing:
 def _bars(state: State) -> RenderableType:
     bars = Table.grid(padding=(0, 1))
     for name, count, colour in (
+        ("in the outbox", state.outbox.waiting, "magenta"),
         ("published", state.published, "cyan"),
         ("handled", state.handled, "green"),
         ("retried", state.retried, "yellow"),
@@ -116,14 +132,23 @@ def activity(state: State) -> RenderableType:
 
 
 def sums(state: State) -> RenderableType:
-    """The table that adds up."""
-    table = Table("", "messages", box=None, pad_edge=False)
+    """The tables that add up."""
+    outbox = state.outbox
+    rows = Table("the hub's outbox", "events", box=None, pad_edge=False)
+    rows.columns[1].justify = "right"
+    rows.add_row("written", str(outbox.written + outbox.rolled_back))
+    rows.add_row("rolled back", str(outbox.rolled_back))
+    rows.add_row("flushed", str(outbox.flushed))
+    rows.add_row("… with the first relay when it got SIGKILL", str(outbox.cut_off))
+    table = Table("the stream", "messages", box=None, pad_edge=False)
     table.columns[1].justify = "right"
-    table.add_row("handled", str(state.handled))
+    table.add_row("published at once", str(state.published - outbox.flushed))
+    table.add_row("published by the outbox", str(outbox.flushed))
+    table.add_row("published", str(state.published), style="bold", end_section=True)
+    table.add_row("handled, each once", str(state.handled))
     table.add_row("dead-lettered", str(state.dead_lettered))
-    table.add_row("left in the stream", str(state.left), end_section=True)
-    table.add_row("published", str(state.published), style="bold")
-    return Group(table, Text(f"retried on the way: {state.retried}\n"))
+    table.add_row("left in the stream", str(state.left))
+    return Group(rows, Text(), table, Text(f"retried on the way: {state.retried}\n"))
 
 
 def letters(dead_letters: Sequence[DeadLetter]) -> RenderableType:
