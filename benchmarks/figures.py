@@ -13,7 +13,7 @@ class Sample:
 
     Attributes:
         variant: its name.
-        rate: messages per second.
+        rate: messages per second, or what else the benchmark measures.
         cpu: microseconds of CPU per message, by process.
         more: anything else worth keeping.
     """
@@ -25,23 +25,25 @@ class Sample:
 
 
 def summarise(samples: Sequence[Sample], base: str) -> dict[str, dict[str, object]]:
-    """By variant: median and spread of the rate, of the CPU, and of the ratio to ``base``.
-
-    The ratio is taken within each round, whose variants shared the machine's mood.
-    """
+    """By variant: median and spread of the rate, of the CPU, and of the ratio to ``base``."""
     found: dict[str, dict[str, object]] = {}
-    base_rates = [s.rate for s in samples if s.variant == base]
     for variant in dict.fromkeys(s.variant for s in samples):
         mine = [s for s in samples if s.variant == variant]
-        ratios = [s.rate / b for s, b in zip(mine, base_rates, strict=True)]
         found[variant] = {
             "rounds": len(mine),
             "rate": _spread([s.rate for s in mine]),
-            "ratio": _spread(ratios),
+            "ratio": ratio(samples, variant, base),
             "cpu_us": {name: _spread([s.cpu.get(name, 0.0) for s in mine]) for name in mine[0].cpu},
             "more": {name: _spread([s.more[name] for s in mine]) for name in mine[0].more},
         }
     return found
+
+
+def ratio(samples: Sequence[Sample], variant: str, base: str) -> dict[str, float]:
+    """Of two variants' rates: taken within each round, whose variants shared the machine's mood."""
+    rates = [s.rate for s in samples if s.variant == variant]
+    base_rates = [s.rate for s in samples if s.variant == base]
+    return _spread([rate / b for rate, b in zip(rates, base_rates, strict=True)])
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
@@ -52,24 +54,39 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-def table(summary: dict[str, dict[str, object]], base: str) -> str:
-    """The summary as text: one line per variant."""
+def table(
+    summary: dict[str, dict[str, object]],
+    base: str,
+    *,
+    unit: str = "msg/s",
+    more: Sequence[str] = (),
+) -> str:
+    """The summary as text: one line per variant.
+
+    Args:
+        summary: what :func:`summarise` gave.
+        base: what the ratios are to.
+        unit: of the rate.
+        more: which of ``Sample.more`` is shown beside the CPU.
+    """
     names = list(next(iter(summary.values()))["cpu_us"])  # type: ignore[call-overload]
-    head = ["", "msg/s", "(min … max)", f"x {base}", "(min … max)", *names]
+    head = ["", unit, "(min … max)", f"x {base}", "(min … max)", *names, *more]
     lines = [head]
     for variant, line in summary.items():
-        rate, ratio, cpu = line["rate"], line["ratio"], line["cpu_us"]
+        rate, ratios, cpu, others = line["rate"], line["ratio"], line["cpu_us"], line["more"]
         assert isinstance(rate, dict)
-        assert isinstance(ratio, dict)
+        assert isinstance(ratios, dict)
         assert isinstance(cpu, dict)
+        assert isinstance(others, dict)
         lines.append(
             [
                 variant,
-                f"{rate['median']:.0f}",
-                f"{rate['min']:.0f} … {rate['max']:.0f}",
-                f"{ratio['median']:.2f}",
-                f"{ratio['min']:.2f} … {ratio['max']:.2f}",
+                shown(rate["median"]),
+                f"{shown(rate['min'])} … {shown(rate['max'])}",
+                f"{ratios['median']:.2f}",
+                f"{ratios['min']:.2f} … {ratios['max']:.2f}",
                 *(f"{cpu[name]['median']:.0f}" if name in cpu else "-" for name in names),
+                *(shown(others[name]["median"]) if name in others else "-" for name in more),
             ]
         )
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
@@ -80,3 +97,10 @@ def table(summary: dict[str, dict[str, object]], base: str) -> str:
         ).rstrip()
         for line in lines
     )
+
+
+def shown(value: float) -> str:
+    """A number with as many digits as are worth reading."""
+    if value >= 100 or value == int(value):
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.3g}"

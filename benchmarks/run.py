@@ -4,7 +4,11 @@ Starts its own servers. The variants of a benchmark take turns, in the opposite 
 round, so that a busy machine is unfair to all of them alike; look at the ratios and at the CPU per
 message, not at single rates. ``others`` is what else ran on the machine meanwhile.
 
-    python benchmarks/run.py [--rounds 3] [--count 3000] [--only drain|publish]
+    python benchmarks/run.py [--rounds 3] [--count n] [--rows 1000000] [--only outbox] …
+
+Each benchmark is explained in its module; ``plans`` and ``pinned`` print tables of their own. What
+needs a server that is not on the machine, or a peer that cannot be installed, is left out, which is
+said.
 """
 
 from __future__ import annotations
@@ -13,88 +17,280 @@ import argparse
 import json
 import os
 import platform
+import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks import drain, publish
-from benchmarks.figures import Sample, summarise, table
+from benchmarks import drain, outbox, outbox_growth, outbox_latency, outbox_writers, publish
+from benchmarks.figures import Sample, ratio, shown, summarise, table
+from benchmarks.rig import peer_versions
 from tests.servers import missing
 
 RESULTS = Path(__file__).parent / "results"
-GOALS = {
-    "drain": ("bridged", 0.75),
-    "publish": ("publish_batch", 5.0),
+ROOT = Path(__file__).parent.parent
+VERSIONS = ("celery", "kombu", "nats-py", "redis", "sqlalchemy", "psycopg")
+
+Variants = Mapping[str, Callable[[], Sample]]
+Options = argparse.Namespace
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a variant is to reach: a rate, or a ratio to another variant's.
+
+    Attributes:
+        variant: whose.
+        value: what it is to reach; None where only the figure is wanted.
+        to: the other variant; None for the rate itself.
+        at_most: it is to stay below.
+    """
+
+    variant: str
+    value: float | None = None
+    to: str | None = None
+    at_most: bool = False
+
+    def line(self, samples: Sequence[Sample], unit: str) -> str:
+        """What was found, and what was wanted; empty where it was not run."""
+        names = {sample.variant for sample in samples}
+        if not {self.variant, self.to or self.variant} <= names:
+            return ""
+        if self.to is None:
+            summary = summarise(samples, self.variant)[self.variant]["rate"]
+            assert isinstance(summary, dict)
+            found = f"{self.variant}: {shown(summary['median'])} {unit}"
+        else:
+            median = ratio(samples, self.variant, self.to)["median"]
+            found = f"{self.variant} / {self.to}: {median:.2f}"
+        if self.value is None:
+            return found
+        return f"{found} (goal: at {'most' if self.at_most else 'least'} {self.value:g})"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One benchmark: its rounds of samples, and how they are shown.
+
+    Attributes:
+        samples: gives them, in the order in which they are shown.
+        bases: what ratios are to: the first of these that was run.
+        goals: what is wanted.
+        unit: of the rates.
+        more: what else is shown of a sample.
+        needs: the servers without which it is left out.
+    """
+
+    samples: Callable[[str, Options], list[Sample]]
+    bases: tuple[str, ...]
+    goals: tuple[Goal, ...]
+    unit: str = "msg/s"
+    more: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ("nats",)
+
+    def base(self, samples: Iterable[Sample]) -> str:
+        names = {sample.variant for sample in samples}
+        return next(base for base in self.bases if base in names)
+
+
+# -- what there is ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def _publish(options: Options) -> Iterator[Variants]:
+    with publish.running(max(100, (options.count or 3000) // 3)) as benchmark:
+        yield benchmark.variants
+
+
+@contextmanager
+def _drain(options: Options) -> Iterator[Variants]:
+    with drain.running(options.count or 3000) as benchmark:
+        yield {"plain": benchmark.plain, "bridged": benchmark.bridged}
+
+
+@contextmanager
+def _outbox(options: Options) -> Iterator[Variants]:
+    with outbox.running(options.count or 10_000) as benchmark:
+        _left_out(benchmark.left_out)
+        yield benchmark.variants
+
+
+@contextmanager
+def _latency(options: Options) -> Iterator[Variants]:
+    with outbox_latency.running(min(options.count or 100, 100)) as benchmark:
+        _left_out(benchmark.left_out)
+        yield benchmark.variants
+
+
+@contextmanager
+def _writers(options: Options) -> Iterator[Variants]:
+    with outbox_writers.running(options.seconds) as benchmark:
+        _left_out(benchmark.left_out)
+        yield benchmark.variants
+
+
+@contextmanager
+def _adding(options: Options) -> Iterator[Variants]:
+    with outbox_writers.running(options.seconds) as benchmark:
+        yield benchmark.adding
+
+
+def _rounds(
+    variants: Callable[[Options], AbstractContextManager[Variants]],
+) -> Callable[[str, Options], list[Sample]]:
+    def samples(name: str, options: Options) -> list[Sample]:
+        found: list[Sample] = []
+        with variants(options) as turns:
+            for number in range(options.rounds):
+                names = list(turns)
+                for variant in reversed(names) if number % 2 else names:
+                    found.append(turns[variant]())
+                    _progress(f"{name} {number + 1}/{options.rounds}", found[-1])
+            order = list(turns)
+        return sorted(found, key=lambda sample: order.index(sample.variant))
+
+    return samples
+
+
+def _growth(name: str, options: Options) -> list[Sample]:
+    found = []
+    with outbox_growth.running(options.rounds, options.rows) as growth:
+        for sample in growth.samples():
+            found.append(sample)
+            _progress(name, sample)
+    return found
+
+
+DATABASE = ("nats", "postgresql")
+BENCHMARKS = {
+    "publish": Benchmark(
+        _rounds(_publish), (publish.BASE,), (Goal("publish_batch", 5.0, publish.BASE),)
+    ),
+    "drain": Benchmark(
+        _rounds(_drain),
+        (drain.BASE,),
+        (Goal("bridged", 0.75, drain.BASE),),
+        needs=("nats", "redis"),
+    ),
+    "outbox": Benchmark(
+        _rounds(_outbox),
+        (outbox.BASE, outbox.WITHOUT_PEERS),
+        (
+            Goal("ours", 20_000),
+            Goal("ours", 7.0, outbox.BASE),
+            Goal("ours", None, "nats-outbox 1000"),
+            Goal("ours", None, outbox.BEST_PEER),
+        ),
+        unit="rows/s",
+        more=("statements", "dead", "hot", "wal", "inversions"),
+        needs=DATABASE,
+    ),
+    "outbox-latency": Benchmark(
+        _rounds(_latency),
+        (outbox_latency.BASE,),
+        (Goal(outbox_latency.BASE, 10.0, at_most=True),),
+        unit="ms",
+        more=("p95", "max"),
+        needs=DATABASE,
+    ),
+    "outbox-writers": Benchmark(
+        _rounds(_writers),
+        (outbox_writers.BASE,),
+        tuple(
+            Goal(f"{kind}, {threads}", value, f"event, {threads}")
+            for threads in outbox_writers.THREADS
+            for kind, value in (
+                ("event, nudge here", None),
+                ("event, nudge by task", 0.8),
+                ("event, NOTIFY", None),
+            )
+        ),
+        unit="commits/s",
+        more=("add_us",),
+        needs=DATABASE,
+    ),
+    "outbox-add": Benchmark(
+        _rounds(_adding), (outbox_writers.ADD_BASE,), (), unit="events/s", needs=DATABASE
+    ),
+    "outbox-growth": Benchmark(
+        _growth,
+        (outbox_growth.BASE,),
+        (Goal("1,000,000", 0.8, outbox_growth.BASE),),
+        unit="rows/s",
+        needs=DATABASE,
+    ),
 }
+#: Programs with tables of their own, and which of our options they take.
+PROGRAMS = {"plans": ("rows",), "pinned": ()}
+
+
+# -- the run ---------------------------------------------------------------------------------------
 
 
 def main() -> int:
     options = _options()
     found: dict[str, list[Sample]] = {}
-    for name in options.only or ("publish", "drain"):
-        if name == "drain" and (reason := missing("redis")):
-            print(f"drain: left out, {reason}")
+    failed = 0
+    for name in options.only or (*BENCHMARKS, *PROGRAMS):
+        needs = DATABASE if name in PROGRAMS else BENCHMARKS[name].needs
+        if reasons := [reason for server in needs if (reason := missing(server))]:
+            _left_out([f"{name}: {'; '.join(reasons)}"])
             continue
-        found[name] = _benchmark(name, options)
-    _write(found, options)
-    return 0
+        if name in PROGRAMS:
+            failed |= _run_program(name, options)
+            continue
+        benchmark = BENCHMARKS[name]
+        found[name] = benchmark.samples(name, options)
+        _show(name, benchmark, found[name])
+    if found:
+        _write(found, options)
+    return failed
 
 
-def _options() -> argparse.Namespace:
+def _options() -> Options:
     parser = argparse.ArgumentParser(description=__doc__, prog="make bench")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--count", type=int, default=3000, help="messages per turn")
-    parser.add_argument("--only", action="append", choices=("drain", "publish"))
+    parser.add_argument("--count", type=int, help="messages per turn; each has a default")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="the longest backlog")
+    parser.add_argument("--seconds", type=float, default=outbox_writers.SECONDS, help="writers'")
+    parser.add_argument("--only", action="append", choices=(*BENCHMARKS, *PROGRAMS))
     parser.add_argument("--output", type=Path, help="the JSON file; default: results/<time>.json")
     return parser.parse_args()
 
 
-def _benchmark(name: str, options: argparse.Namespace) -> list[Sample]:
-    if name == "drain":
-        with drain.running(options.count) as benchmark:
-            variants = {"plain": benchmark.plain, "bridged": benchmark.bridged}
-            samples = _rounds(name, options.rounds, variants)
-    else:
-        with publish.running(max(100, options.count // 3)) as publishing:
-            samples = _rounds(name, options.rounds, publishing.variants)
-    _show(name, samples)
-    return samples
+def _run_program(name: str, options: Options) -> int:
+    print(f"\n{name}:", flush=True)
+    given = [f"--{option}={getattr(options, option)}" for option in PROGRAMS[name]]
+    command = [sys.executable, "-m", f"benchmarks.{name}", *given]
+    return subprocess.run(command, cwd=ROOT, check=False).returncode
 
 
-def _rounds(name: str, rounds: int, variants: Mapping[str, Callable[[], Sample]]) -> list[Sample]:
-    samples: list[Sample] = []
-    for number in range(rounds):
-        turns = list(variants.values())
-        for variant in reversed(turns) if number % 2 else turns:
-            sample = variant()
-            samples.append(sample)
-            print(
-                f"{name} {number + 1}/{rounds}: {sample.variant} {sample.rate:.0f}/s "
-                f"(others: {sample.more['others_cores']:.2f} cores)",
-                file=sys.stderr,
-            )
-    order = list(variants)
-    return sorted(samples, key=lambda sample: order.index(sample.variant))
+def _left_out(reasons: Iterable[str]) -> None:
+    for reason in reasons:
+        print(f"left out: {reason}")
 
 
-def _base(name: str) -> str:
-    return drain.BASE if name == "drain" else publish.BASE
+def _progress(where: str, sample: Sample) -> None:
+    others = sample.more.get("others_cores")
+    note = "" if others is None else f" (others: {others:.2f} cores)"
+    print(f"{where}: {sample.variant} {shown(sample.rate)}{note}", file=sys.stderr)
 
 
-def _show(name: str, samples: list[Sample]) -> None:
-    summary = summarise(samples, _base(name))
-    variant, goal = GOALS[name]
-    print(f"\n{name}: messages per second, and microseconds of CPU per message by process")
-    print(table(summary, _base(name)))
-    ratio = summary[variant]["ratio"]
-    assert isinstance(ratio, dict)
-    print(f"{variant} / {_base(name)}: {ratio['median']:.2f} (goal: at least {goal:g})\n")
+def _show(name: str, benchmark: Benchmark, samples: list[Sample]) -> None:
+    base = benchmark.base(samples)
+    print(f"\n{name}: {benchmark.unit}, and microseconds of CPU for each by process")
+    print(table(summarise(samples, base), base, unit=benchmark.unit, more=benchmark.more))
+    for goal in benchmark.goals:
+        if line := goal.line(samples, benchmark.unit):
+            print(line)
+    print()
 
 
-def _write(found: Mapping[str, list[Sample]], options: argparse.Namespace) -> None:
+def _write(found: Mapping[str, list[Sample]], options: Options) -> None:
     now = datetime.now(timezone.utc)
     path = options.output or RESULTS / f"{now:%Y%m%d-%H%M%S}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,10 +302,13 @@ def _write(found: Mapping[str, list[Sample]], options: argparse.Namespace) -> No
             "python": platform.python_version(),
             "load": os.getloadavg(),
         },
-        "versions": {name: version(name) for name in ("celery", "kombu", "nats-py", "redis")},
+        "versions": {**{name: version(name) for name in VERSIONS}, **peer_versions()},
         "rounds": options.rounds,
         "count": options.count,
-        "summary": {name: summarise(s, _base(name)) for name, s in found.items()},
+        "summary": {
+            name: summarise(samples, BENCHMARKS[name].base(samples))
+            for name, samples in found.items()
+        },
         "samples": {name: [asdict(sample) for sample in s] for name, s in found.items()},
     }
     path.write_text(json.dumps(report, indent=1) + "\n")
