@@ -11,7 +11,7 @@ from typing import Any
 
 from celery import current_app, shared_task
 
-from .exceptions import NotConnectedError, OutboxUnavailableError
+from .exceptions import ConfigurationError, NotConnectedError, OutboxUnavailableError
 
 __all__ = ("flush_outbox", "prune_outbox", "publish_event", "publish_on")
 
@@ -48,7 +48,10 @@ def publish_event(self: Any, **event: Any) -> dict[str, Any]:
     jetstream = self.app.jetstream
     if jetstream.config.use_outbox:
         event.pop("timeout", None)  # nobody waits
-        return dict(jetstream.outbox.publish(**event).as_dict())
+        try:
+            return dict(jetstream.outbox.publish(**event).as_dict())
+        except ConfigurationError as error:  # a deploy may be ahead of its migrations
+            raise OutboxUnavailableError(str(error)) from error
     result = jetstream.publish(**event)
     if not result.success and result.transient:
         raise NotConnectedError(result.error)

@@ -22,7 +22,7 @@ from tests.conftest import Names
 from tests.servers import NatsServer, need, wait_until
 
 Keys = Sequence["str | None"]
-STORED, OUTAGE, NO_STREAM, REFUSED, UNKNOWN, BEHIND = Verdict
+STORED, OUTAGE, NO_STREAM, REFUSED, UNKNOWN, BEHIND, *_ = Verdict
 
 
 class Pipeline:
