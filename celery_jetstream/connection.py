@@ -310,7 +310,10 @@ class Connection:
                 break
             for task in tasks:
                 task.cancel()
-            await asyncio.wait(tasks, timeout=0.2)
+            ended, _ = await asyncio.wait(tasks, timeout=0.2)
+            for task in ended:  # asyncio is not to complain of an attempt that failed at the end
+                if not task.cancelled():
+                    task.exception()
         for _ in range(3):  # an aborted transport closes its socket in the next rounds
             await asyncio.sleep(0)
 

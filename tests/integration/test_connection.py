@@ -309,6 +309,8 @@ def test_reconnect_makes_a_new_client(
 def test_nothing_is_left_of_a_thrown_away_client(
     nats_server: NatsServer, connect_to: Callable[..., Connection], caplog: pytest.LogCaptureFixture
 ) -> None:
+    gc.collect()  # what earlier tests left
+    caplog.clear()
     connection = connect_to(nats_server.url)
     connection.connect()
 
