@@ -10,7 +10,7 @@ _TICK = os.sysconf("SC_CLK_TCK")
 
 
 def seconds(pids: Iterable[int]) -> float:
-    """CPU seconds, user and system, of these processes with all their threads."""
+    """CPU seconds, user and system, of these processes, and of what they started and has ended."""
     total = 0
     for pid in pids:
         try:
@@ -18,7 +18,7 @@ def seconds(pids: Iterable[int]) -> float:
         except OSError:
             continue
         fields = text[text.rindex(")") + 2 :].split()
-        total += int(fields[11]) + int(fields[12])
+        total += sum(map(int, fields[11:15]))
     return total / _TICK
 
 

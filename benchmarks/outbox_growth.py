@@ -43,7 +43,7 @@ class Growth:
                 for _ in range(self._rounds):
                     client.call("fill_fast", first=written, count=backlog - pending)
                     written += backlog - pending
-                    self._rig.settle(database)
+                    self._rig.settle(database, checkpoint=True)
                     meter = cpu.Meter(
                         {
                             "client": lambda: [client.pid],

@@ -147,12 +147,17 @@ class Rig:
             assert self._maria
             self._maria._execute(f"DROP DATABASE {database.name}")
 
-    def settle(self, database: Database) -> None:
-        """After the filling: the planner knows the table, and counting begins."""
+    def settle(self, database: Database, *, checkpoint: bool = False) -> None:
+        """After the filling: the planner knows the table, and counting begins.
+
+        ``checkpoint``: and so much was filled in that its writing would be in the way.
+        """
         if database.kind != "postgresql":
             return
         with self.watch(database.name) as connection:
             connection.execute(text("VACUUM ANALYZE"))
+            if checkpoint:
+                connection.execute(text("CHECKPOINT"))
         with self.watch("postgres") as connection:
             connection.execute(text("SELECT pg_stat_statements_reset()"))
 

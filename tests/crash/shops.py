@@ -22,8 +22,8 @@ from sqlalchemy import delete, func, select
 
 from celery_jetstream import JetStream
 from celery_jetstream.models import db_now
-from celery_jetstream.testing import wait_until
 from tests.conftest import Names
+from tests.crash.faults import until
 from tests.databases import Database
 from tests.stack import ROOT, CeleryProcess
 
@@ -152,7 +152,7 @@ class Shop:
         self.jetstream.provision()
         self.outbox = self.jetstream.outbox
         self.tables = self.outbox.database.tables
-        self.tables.outbox.metadata.create_all(self.outbox.database.engine)
+        self.outbox.create_tables()
 
     def close(self) -> None:
         for process in self.processes:
@@ -199,7 +199,7 @@ class Shop:
     def wait_ledger(self, what: str, count: int = 1, timeout: float = PATIENCE) -> None:
         """Waits until the ledger has so many lines of a kind."""
         try:
-            wait_until(lambda: self._has(what, count), timeout, f"{count} × {what}")
+            until(lambda: self._has(what, count), timeout, f"{count} × {what}")
         except TimeoutError as error:
             raise AssertionError(f"{error}\n{self.logs()}") from None
 
@@ -246,7 +246,7 @@ class Shop:
 
     def wait_sent(self, timeout: float = PATIENCE) -> None:
         try:
-            wait_until(lambda: not self.is_pending(), timeout, "no row to be pending")
+            until(lambda: not self.is_pending(), timeout, "no row to be pending")
         except TimeoutError as error:
             counts = Counter(self.rows().values())
             raise AssertionError(f"{error}: {counts}, {self._left()}\n{self.logs()}") from None
@@ -277,7 +277,7 @@ class Shop:
             inversions=_inversions(messages),
             rows=dict(Counter(rows.values())),
         )
-        wait_until(lambda: not self._left()[0], 5, "the leases to end")
+        until(lambda: not self._left()[0], 5, "the leases to end")
         account.leases, account.holds = self._left()
         print(account)
         return account

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
 import logging
@@ -183,13 +184,17 @@ class RecordingServer:
             self._open.append(peer)
             self.connections += 1
             self.times.append(time.monotonic())
-            if self.greeting is not None:
-                peer.sendall(b"INFO " + json.dumps(self.greeting).encode() + b"\r\n")
-            if self.hang_up:
-                peer.recv(4096)
-                peer.close()
-            else:
-                threading.Thread(target=self._read, args=(peer,), daemon=True).start()
+            with contextlib.suppress(OSError):  # closed, by the client or with this server
+                self._greet(peer)
+
+    def _greet(self, peer: socket.socket) -> None:
+        if self.greeting is not None:
+            peer.sendall(b"INFO " + json.dumps(self.greeting).encode() + b"\r\n")
+        if self.hang_up:
+            peer.recv(4096)
+            peer.close()
+        else:
+            threading.Thread(target=self._read, args=(peer,), daemon=True).start()
 
     def _read(self, peer: socket.socket) -> None:
         try:
