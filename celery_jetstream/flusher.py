@@ -306,12 +306,15 @@ class _Sweep:
     # -- claim -----------------------------------------------------------------------------------
 
     def _learn_holds(self) -> None:
+        """Lets keys go on whose time has come, unless their subject is left alone as it is."""
         holds = self._rows.holds(self._database, self._lease.buckets)
-        if over := [hold for hold in holds if hold.over]:
+        left_alone = set(self._breaker.open_names)
+        over = [hold for hold in holds if hold.over and hold.key[1] not in left_alone]
+        if over:
             self._flusher.database.transaction(
                 lambda connection: self._rows.release(connection, over)
             )
-        self._held = {hold.key for hold in holds if not hold.over}
+        self._held = {hold.key for hold in holds} - {hold.key for hold in over}
 
     def _read_first(self) -> _Batch | None:
         """The first rows; after an outage, one, and best of a subject that did not fail."""

@@ -9,7 +9,8 @@ This process limits a prefork worker: next to nothing is done here for a message
 normally.
 
 What is not public of Celery is used in this module only (tried on 5.5 to 5.7): ``Task.Request``,
-``Request._announce_revoked`` and ``_announce_cancelled``, ``Request._apply_result``.
+``Request._announce_revoked`` and ``_announce_cancelled``, ``Request._apply_result``, and of a
+prefork pool's result ``_write_to``.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ class JetStreamRequest(Request):
     settled = False
     #: Kept in progress no longer (held too long); its end settles it all the same.
     let_go = False
+    _result_reference: Any = None
+    _result: Any = None
 
     def __init__(self, message: Any, **options: Any) -> None:
         super().__init__(message, **options)
@@ -90,12 +93,23 @@ class JetStreamRequest(Request):
         return None
 
     @property
+    def _apply_result(self) -> Any:
+        """Celery's weak reference to what the pool made of the task."""
+        return self._result_reference
+
+    @_apply_result.setter
+    def _apply_result(self, reference: Any) -> None:
+        # held until it is accepted: a pool that stops forgets what it has written to a child and
+        # the child has not acknowledged, which has begun all the same
+        self._result_reference = reference
+        self._result = None if reference is None else reference()
+
+    @property
     def begun(self) -> bool:
         """Whether the pool has it, as far as this process can tell."""
         if self.time_start is not None:
             return True
-        result = self._apply_result() if self._apply_result is not None else None
-        return getattr(result, "_write_to", None) is not None
+        return getattr(self._result, "_write_to", None) is not None
 
     @property
     def held(self) -> bool:
@@ -111,11 +125,11 @@ class JetStreamRequest(Request):
         greenlets goes on accepting meanwhile.
         """
         with _beginning:
-            if self.begun or self.settled or self.delivery is None:
-                return
-            self.settled = True
-        self.acknowledge()
-        handlers.settle(self.task, self.delivery, End.NOT_BEGUN)
+            handed_back = not self.begun and not self.settled
+            self.settled = self.settled or handed_back
+        self.acknowledge()  # also what a child has and this process will not hear of any more
+        if handed_back and self.delivery is not None:
+            handlers.settle(self.task, self.delivery, End.NOT_BEGUN)
 
     def settle(self, end: End | BaseException) -> None:
         """Settles an end that only this process saw; the first one counts."""
@@ -149,6 +163,7 @@ class JetStreamRequest(Request):
             handed_back = self.settled
             if not handed_back:
                 self.time_start = time.time()
+            self._result = None
         if handed_back:  # while it waited in a pool that runs all it has got
             self.acknowledge()  # else its place in the worker's prefetch is taken for ever
             raise TaskRevokedError(self.id)

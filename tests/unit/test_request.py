@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -86,3 +87,26 @@ def test_what_has_begun_is_not_handed_back() -> None:
     bench.accept()
     bench.request.hand_back()
     assert bench.did == ["acknowledged"]
+
+
+class Result:
+    """What a prefork pool makes of a task; Celery keeps a weak reference to it."""
+
+    _write_to: object = None
+
+
+def test_what_a_child_has_is_not_handed_back_though_the_pool_forgot_it() -> None:
+    """A pool that stops drops its results; the child has begun, or will, all the same."""
+    bench, result = Bench(), Result()
+    bench.request._apply_result = weakref.ref(result)
+    result._write_to = "the child's pipe"
+    del result
+    bench.request.hand_back()
+    assert bench.did == ["acknowledged"]
+
+
+def test_what_no_child_has_is_handed_back() -> None:
+    bench, result = Bench(), Result()
+    bench.request._apply_result = weakref.ref(result)
+    bench.request.hand_back()
+    assert bench.did == ["acknowledged", Nak(0)]
