@@ -27,7 +27,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from benchmarks import events, process
 from celery_jetstream import JetStream, signals
-from celery_jetstream.outbox_schema import create_tables
+from celery_jetstream.schema import create_tables
 
 #: The business's own table.
 ORDERS = Table("orders", MetaData(), Column("id", Integer, primary_key=True), Column("body", Text))

@@ -21,14 +21,16 @@ from typing import Any
 from nats.aio.msg import Msg
 
 from . import signals
-from .consumer import Pull, is_claim, keep_in_progress
+from .consumer import PAUSE_HEADER, Pull, is_claim, keep_in_progress
 from .deadletter import Original, fetch_original
 from .delivery import Delivery
 from .dispatcher import Dispatcher
 from .exceptions import CeleryJetStreamError, ConfigurationError, NotConnectedError
 from .inflight import Flight, InFlight
+from .pauses import Pauses
 from .session import Session
 from .settlement import Nak
+from .specs import retention_warnings
 
 __all__ = ("Bridge",)
 
@@ -80,6 +82,7 @@ class Bridge:
             capacity=min(config.max_ack_pending, WINDOW), lease=config.lease, grace=config.ack_wait
         )
         self._worth_asking = max(1, min(config.batch_size, config.max_ack_pending) // 4)
+        self._pauses = Pauses()
         self._lock = threading.Lock()
         self._work = threading.Event()
         self._told: SimpleQueue[None] = SimpleQueue()
@@ -106,6 +109,7 @@ class Bridge:
         connection.run(self._start)
         dispatcher = threading.Thread(target=self._dispatch, name="jetstream-bridge", daemon=True)
         dispatcher.start()
+        self._check_retention()
         logger.info("bridge is ready: %s", self.config.consume_subject)
         signals.bridge_ready.send(sender=self.jetstream, bridge=self)
         failure = self._wait(dispatcher)
@@ -114,6 +118,15 @@ class Bridge:
             raise CeleryJetStreamError(
                 f"{failure}: this is a defect of ours; start the bridge again"
             )
+
+    def _check_retention(self) -> None:
+        """Warns where the inbox forgets events that the stream can still bring."""
+        if not self.handlers.with_inbox:
+            return
+        config = self.jetstream.connection.run(self.jetstream.stream_info).get("config", {})
+        age, window = config.get("max_age", 0) / 1e9, config.get("duplicate_window", 0) / 1e9
+        for warning in retention_warnings(self.config.inbox_retention, age, window):
+            logger.warning("%s", warning)
 
     def stop(self) -> None:
         """Ends :meth:`run`; may be called by a signal handler and from any thread."""
@@ -211,11 +224,24 @@ class Bridge:
             with self._lock:
                 if not in_progress:
                     self._flights.ended(delivery.sequence)
+                    self._heed_pause(delivery.sequence, (message.headers or {}).get(PAUSE_HEADER))
                 if message.data.startswith(b"-NAK"):
                     self._flights.handed_back(delivery.sequence, delivery.num_delivered)
                 else:
                     self._flights.leave(delivery.sequence)
             self._made_room()
+
+    def _heed_pause(self, sequence: int, handler: str | None) -> None:
+        """With the lock held: a handler's database is away, or answers again."""
+        if handler is not None:
+            if self._pauses.outage(handler, sequence):
+                logger.warning(
+                    "%s pauses: its database is away; its messages wait in the bridge", handler
+                )
+        elif self._pauses and (handler := self._pauses.ended(sequence)):
+            logger.warning("%s goes on: its database answers again", handler)
+            self._flights.resume()
+            self._work.set()
 
     def _made_room(self) -> None:
         """Wakes the others only when it is worth it: this is done for each message."""
@@ -262,6 +288,7 @@ class Bridge:
         while not self._stop.is_set():
             self._work.wait(timeout=min(1.0, self.config.ack_wait / 3))
             self._work.clear()
+            self._resume_paused()
             self._asked_broker = time.monotonic()
             try:
                 while self._dispatch_some() and not self._stop.is_set():
@@ -283,6 +310,11 @@ class Bridge:
             pause = min(BROKER_PAUSE[1], pause * 2)
         self._dispatcher.close()
 
+    def _resume_paused(self) -> None:
+        with self._lock:
+            if any(self._pauses.may_try(handler) for handler in self._pauses.names):
+                self._flights.resume()
+
     def _dispatch_some(self) -> bool:
         """Dispatches one batch; returns whether there was anything to do."""
         self._asked_broker = time.monotonic()
@@ -290,6 +322,8 @@ class Bridge:
             flights = self._flights.take(DISPATCH_BATCH)
         ready = [flight for flight in flights if self._can_prepare(flight)]
         with self._lock:
+            if self._pauses:
+                ready = self._without_paused(ready)
             outgoing = self._flights.dispatch(ready, time.monotonic())
         if outgoing:
             try:
@@ -303,6 +337,13 @@ class Bridge:
                 self._send_each(outgoing)
             self.dispatched += sum(1 for flight in outgoing if flight.copies == 1)
         return bool(flights)
+
+    def _without_paused(self, flights: list[Flight]) -> list[Flight]:
+        """With the lock held: those that may go now; the others wait here, kept in progress."""
+        admits = self._pauses.admits
+        admitted = [f for f in flights if admits(f.task.name, f.delivery.sequence)]
+        self._flights.pause(flight for flight in flights if flight not in admitted)
+        return admitted
 
     def _send_each(self, flights: list[Flight]) -> None:
         for number, flight in enumerate(flights):

@@ -15,6 +15,7 @@ from celery.bin.base import (
     handle_preload_options,
 )
 
+from .cli_inbox import inbox
 from .cli_outbox import outbox
 from .commands import daemon, jetstream_of, stop_on_signals
 
@@ -94,4 +95,5 @@ def _as_dicts(plan: Any) -> list[dict[str, Any]]:
     ]
 
 
+jetstream.add_command(inbox)
 jetstream.add_command(outbox)

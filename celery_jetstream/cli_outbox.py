@@ -17,8 +17,14 @@ from celery.bin.base import (
 )
 
 from .commands import (
+    ALL,
+    DRY_RUN,
+    JSON,
+    age_text,
+    cut,
     daemon,
     duration,
+    echo_json,
     filter_of,
     filter_options,
     jetstream_of,
@@ -29,10 +35,6 @@ from .commands import (
 )
 
 __all__ = ("outbox",)
-
-_JSON = click.option("--json", "as_json", is_flag=True, help="For machines.")
-_DRY_RUN = click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
-_ALL = click.option("--all", "everything", is_flag=True, help="Every event; else give a filter.")
 
 
 @click.group(name="outbox")
@@ -104,7 +106,7 @@ def relay(ctx: click.Context, loglevel: Any, interval: float, once: bool, **opti
 @outbox.command("list", cls=CeleryCommand)
 @click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True)
 @click.option("--after", type=int, help="Go on after the row with this number.")
-@_JSON
+@JSON
 @filter_options
 @click.pass_context
 @handle_preload_options
@@ -114,7 +116,7 @@ def list_(ctx: click.Context, limit: int, after: int | None, as_json: bool, **op
     with outbox_of(ctx, as_json) as box:
         rows = box.find(chosen, limit, after)
     if as_json:
-        _echo_json([row.as_dict() for row in rows])
+        echo_json([row.as_dict() for row in rows])
         return
     _echo_table(rows)
     if len(rows) == limit:
@@ -123,7 +125,7 @@ def list_(ctx: click.Context, limit: int, after: int | None, as_json: bool, **op
 
 @outbox.command(cls=CeleryCommand)
 @click.argument("event_id")
-@_JSON
+@JSON
 @click.pass_context
 @handle_preload_options
 def show(ctx: click.Context, event_id: str, as_json: bool, **_: Any) -> None:
@@ -137,7 +139,7 @@ def show(ctx: click.Context, event_id: str, as_json: bool, **_: Any) -> None:
         raise click.ClickException(f"there is no event {event_id} in the outbox")
     values = row.as_dict()
     if as_json:
-        _echo_json(values)
+        echo_json(values)
         return
     body, error = values.pop("body"), values.pop("last_error")
     for name, value in values.items():
@@ -149,9 +151,9 @@ def show(ctx: click.Context, event_id: str, as_json: bool, **_: Any) -> None:
 
 
 @outbox.command(cls=CeleryCommand)
-@_ALL
-@_DRY_RUN
-@_JSON
+@ALL
+@DRY_RUN
+@JSON
 @filter_options
 @click.pass_context
 @handle_preload_options
@@ -164,9 +166,9 @@ def retry(ctx: click.Context, **options: Any) -> None:
 
 
 @outbox.command(cls=CeleryCommand)
-@_ALL
-@_DRY_RUN
-@_JSON
+@ALL
+@DRY_RUN
+@JSON
 @filter_options
 @click.pass_context
 @handle_preload_options
@@ -192,7 +194,7 @@ def _change(
     with outbox_of(ctx, as_json) as box, progress_of(name) as progress:
         outcome = getattr(box, name)(chosen, dry_run=dry_run, progress=progress)
     if as_json:
-        _echo_json({"dry_run": dry_run, **vars(outcome)})
+        echo_json({"dry_run": dry_run, **vars(outcome)})
     else:
         done = {"retry": "to be published again", "cancel": "cancelled"}[name]
         would = " would be" if dry_run else ""
@@ -207,8 +209,8 @@ def _change(
     "--older-than", type=duration, help="Sent so long ago; default jetstream_outbox_retention."
 )
 @click.option("--max-seconds", type=duration, help="How long at the most.")
-@_DRY_RUN
-@_JSON
+@DRY_RUN
+@JSON
 @click.pass_context
 @handle_preload_options
 def prune(
@@ -223,7 +225,7 @@ def prune(
     with outbox_of(ctx, as_json) as box, progress_of("prune") as progress:
         deleted = box.prune(older_than, dry_run=dry_run, max_seconds=max_seconds, progress=progress)
     if as_json:
-        _echo_json({"dry_run": dry_run, "deleted": deleted})
+        echo_json({"dry_run": dry_run, "deleted": deleted})
     else:
         click.echo(f"{deleted} sent events{' would be' if dry_run else ''} deleted")
 
@@ -233,8 +235,8 @@ def prune(
 @click.option("--until", type=moment, help="And until then.")
 @click.option("--after", type=int, default=0, help="Go on after the row with this number.")
 @click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Events a second.")
-@_DRY_RUN
-@_JSON
+@DRY_RUN
+@JSON
 @filter_options
 @click.pass_context
 @handle_preload_options
@@ -251,7 +253,7 @@ def replay(ctx: click.Context, dry_run: bool, as_json: bool, **options: Any) -> 
         stop_on_signals(stopping)
         result = box.replay(**how, chosen=chosen, dry_run=dry_run, stop=stopping, progress=progress)
     if as_json:
-        _echo_json({"dry_run": dry_run, **result.as_dict()})
+        echo_json({"dry_run": dry_run, **result.as_dict()})
     else:
         click.echo(f"{result.sent} events{' would be' if dry_run else ''} published again")
         if result.refused:
@@ -274,7 +276,7 @@ class _Stopping:
 
 @outbox.command(cls=CeleryCommand)
 @click.option("--max-age", type=duration, help="Unhealthy where an event is due for longer.")
-@_JSON
+@JSON
 @click.pass_context
 @handle_preload_options
 def status(ctx: click.Context, max_age: float | None, as_json: bool, **_: Any) -> None:
@@ -288,7 +290,7 @@ def status(ctx: click.Context, max_age: float | None, as_json: bool, **_: Any) -
     late = max_age is not None and (found.get("oldest_due") or 0) > max_age
     found["healthy"] = not (found["differences"] or late)
     if as_json:
-        _echo_json(found)
+        echo_json(found)
     else:
         for line in _status_lines(found):
             click.echo(line)
@@ -296,10 +298,6 @@ def status(ctx: click.Context, max_age: float | None, as_json: bool, **_: Any) -
 
 
 # -- output ------------------------------------------------------------------------------------
-
-
-def _echo_json(value: Any) -> None:
-    click.echo(json.dumps(value, ensure_ascii=False))
 
 
 def _echo_table(rows: Sequence[Any]) -> None:
@@ -310,24 +308,10 @@ def _echo_table(rows: Sequence[Any]) -> None:
     click.echo(f"{'number':>8} {'event_id':36} {'type':20} {'key':12} {'state':10} try {'age':>5}")
     for row in rows:
         click.echo(
-            f"{row.id:8} {_cut(row.event_id, 36)} {_cut(row.event_type, 20)} "
-            f"{_cut(row.ordering_key or '-', 12)} {row.state:10} {row.attempts:3} "
-            f"{_age(row.age):>5}"
+            f"{row.id:8} {cut(row.event_id, 36)} {cut(row.event_type, 20)} "
+            f"{cut(row.ordering_key or '-', 12)} {row.state:10} {row.attempts:3} "
+            f"{age_text(row.age):>5}"
         )
-
-
-def _cut(text: str, width: int) -> str:
-    return f"{text:{width}}" if len(text) <= width else f"{text[: width - 1]}…"
-
-
-def _age(seconds: float | None) -> str:
-    """Five characters at the most: ``45s``, ``12m``, ``30h``, ``12d``."""
-    if seconds is None:
-        return "-"
-    for unit, size, most in (("s", 1, 120), ("m", 60, 7200), ("h", 3600, 172800)):
-        if seconds < most:
-            return f"{int(seconds // size)}{unit}"
-    return f"{int(seconds // 86400)}d"
 
 
 def _status_lines(found: dict[str, Any]) -> Iterator[str]:
@@ -337,8 +321,8 @@ def _status_lines(found: dict[str, Any]) -> Iterator[str]:
     if "counts" in found:
         yield ", ".join(f"{count} {status}" for status, count in found["counts"].items())
         yield (
-            f"oldest due {_age(found['oldest_due'])}, oldest pending "
-            f"{_age(found['oldest_pending'])}, keys parked: {found['parked_keys']}"
+            f"oldest due {age_text(found['oldest_due'])}, oldest pending "
+            f"{age_text(found['oldest_pending'])}, keys parked: {found['parked_keys']}"
         )
         for owner, count in found["leases"].items():
             yield f"{count} buckets leased by {owner}"

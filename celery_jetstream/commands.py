@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from datetime import datetime, timezone
 from typing import Any, Protocol
 
@@ -17,10 +18,17 @@ from celery.platforms import create_pidlock, maybe_drop_privileges, signals
 from . import readers
 
 __all__ = (
+    "ALL",
+    "DRY_RUN",
+    "JSON",
+    "age_text",
+    "cut",
     "daemon",
     "duration",
+    "echo_json",
     "filter_of",
     "filter_options",
+    "inbox_of",
     "jetstream_of",
     "moment",
     "outbox_of",
@@ -96,17 +104,30 @@ def stop_on_signals(running: _Running) -> None:
         signals[number] = stop
 
 
-# -- of the outbox -----------------------------------------------------------------------------
+# -- of outbox and inbox -----------------------------------------------------------------------
+
+JSON = click.option("--json", "as_json", is_flag=True, help="For machines.")
+DRY_RUN = click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+ALL = click.option("--all", "everything", is_flag=True, help="Every event; else give a filter.")
+
+
+def outbox_of(ctx: click.Context, as_json: bool = False) -> AbstractContextManager[Any]:
+    """The app's outbox; our errors are said in one line (or as JSON), and end with status 1."""
+    return _of(ctx, "outbox", as_json)
+
+
+def inbox_of(ctx: click.Context, as_json: bool = False) -> AbstractContextManager[Any]:
+    """The app's inbox, as above."""
+    return _of(ctx, "inbox", as_json)
 
 
 @contextlib.contextmanager
-def outbox_of(ctx: click.Context, as_json: bool = False) -> Iterator[Any]:
-    """The app's outbox; our errors are said in one line (or as JSON), and end with status 1."""
+def _of(ctx: click.Context, name: str, as_json: bool) -> Iterator[Any]:
     from .exceptions import CeleryJetStreamError
 
     jetstream = jetstream_of(ctx.obj.app)
     try:
-        yield jetstream.outbox
+        yield getattr(jetstream, name)
     except CeleryJetStreamError as error:
         if as_json:
             click.echo(json.dumps({"error": str(error)}))
@@ -179,3 +200,26 @@ def filter_of(options: dict[str, Any]) -> Any:
         return Filter(**{name: options[name] for name in Filter.__dataclass_fields__})
     except SubjectError as error:
         raise click.BadParameter(str(error), param_hint="--type") from None
+
+
+# -- output ------------------------------------------------------------------------------------
+
+
+def echo_json(value: Any) -> None:
+    """One line of JSON."""
+    click.echo(json.dumps(value, ensure_ascii=False))
+
+
+def cut(text: str, width: int) -> str:
+    """As wide as a column is."""
+    return f"{text:{width}}" if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def age_text(seconds: float | None) -> str:
+    """Five characters at the most: ``45s``, ``12m``, ``30h``, ``12d``."""
+    if seconds is None:
+        return "-"
+    for unit, size, most in (("s", 1, 120), ("m", 60, 7200), ("h", 3600, 172800)):
+        if seconds < most:
+            return f"{int(seconds // size)}{unit}"
+    return f"{int(seconds // 86400)}d"

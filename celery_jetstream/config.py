@@ -102,7 +102,7 @@ class Config:
     use_dlq: bool = _setting(True, readers.flag, "True")
     no_dlq_action: str | None = _setting(None, readers.no_dlq_action, '"log_and_term"')
 
-    # The outbox.
+    # The outbox's and the inbox's database.
     use_outbox: bool = _setting(False, readers.flag, "True")
     database_url: str | None = _setting(
         None, readers.database_url, '"postgresql+psycopg://user@host/shop"'
@@ -132,6 +132,18 @@ class Config:
     outbox_max_attempts: int = _setting(10, readers.whole(1, 1_000_000), "10")
     outbox_max_age: float = _setting(3600.0, readers.seconds("0s", "36500d"), '"1h"')
     outbox_no_stream_grace: float = _setting(60.0, readers.seconds("0s", "30d"), '60 or "1m"')
+
+    # The inbox.
+    use_inbox: bool = _setting(False, readers.flag, "True")
+    inbox_model: Callable[..., Any] | str | None = _setting(  # noqa: RUF009
+        None, readers.factory, '"shop.models.ShopInbox"', hash=False
+    )
+    inbox_table: str = _setting("jetstream_inbox", readers.identifier, '"jetstream_inbox"')
+    inbox_schema: str | None = _setting(None, readers.identifier, '"events"')
+    inbox_lease: float = _setting(60.0, readers.seconds("1s", "1h"), '60 or "1m"')
+    inbox_retention: float = _setting(30 * 86400.0, readers.seconds("1m", "36500d"), '"30d"')
+    inbox_queue: str | None = _setting(None, readers.text, '"maintenance"')
+    inbox_beat: bool = _setting(True, readers.flag, "True")
 
     def __post_init__(self) -> None:
         values, problems = _check({name: getattr(self, name) for name in _FIELDS})
@@ -193,8 +205,8 @@ class Config:
         return self.max_payload - _DEAD_LETTER_RESERVE
 
     @property
-    def has_outbox(self) -> bool:
-        """Whether there is a database for an outbox."""
+    def has_database(self) -> bool:
+        """Whether there is a database for an outbox and an inbox."""
         return self.database_url is not None or self.session_factory is not None
 
     @property
@@ -243,6 +255,11 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...] = (
         ("use_outbox", "database_url", "session_factory"),
         lambda use, url, factory: not use or url is not None or factory is not None,
         "the outbox needs its database; set jetstream_database_url or jetstream_session_factory",
+    ),
+    (
+        ("use_inbox", "database_url", "session_factory"),
+        lambda use, url, factory: not use or url is not None or factory is not None,
+        "the inbox needs its database; set jetstream_database_url or jetstream_session_factory",
     ),
     (
         ("outbox_lease", "duplicate_window"),

@@ -24,7 +24,7 @@ from .connection import Connection
 from .exceptions import NotConnectedError
 from .session import Session
 
-__all__ = ("CLAIM_HEADER", "Acks", "Pull", "is_claim", "keep_in_progress")
+__all__ = ("CLAIM_HEADER", "PAUSE_HEADER", "Acks", "Pull", "is_claim", "keep_in_progress")
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,8 @@ IN_PROGRESS = b"+WPI"
 #: On a ``+WPI``: the name of the worker that has the message. A bare ``+WPI`` claims nothing
 #: (bridges send those).
 CLAIM_HEADER = "Jetstream-Claim"
+#: On a ``-NAK``: the handler that no more is to be dispatched to for a while.
+PAUSE_HEADER = "Jetstream-Pause"
 
 RESEND_INTERVAL = 1.0
 EXPIRES = 30.0
@@ -70,6 +72,7 @@ class _Unconfirmed:
     reply: str
     body: bytes
     give_up: float
+    headers: dict[str, str] | None = None
     sent: float = 0.0
     future: asyncio.Future[Msg] | None = field(default=None, repr=False)
 
@@ -101,18 +104,25 @@ class Acks:
         """Any thread; does not wait."""
         self.put(reply, ACK)
 
-    def nak(self, reply: str, delay: float) -> None:
-        """Any thread; does not wait. ``delay`` in seconds."""
-        self.put(reply, nak(delay), self._nak_patience)
+    def nak(self, reply: str, delay: float, pause: str = "") -> None:
+        """Any thread; does not wait. ``delay`` in seconds; ``pause``: a handler's name."""
+        headers = {PAUSE_HEADER: pause} if pause else None
+        self.put(reply, nak(delay), self._nak_patience, headers)
 
     def term(self, reply: str) -> None:
         """Any thread; does not wait. Plain ``+TERM``: server 2.9 knows no reason behind it."""
         self.put(reply, TERM)
 
-    def put(self, reply: str, body: bytes, patience: float | None = None) -> None:
+    def put(
+        self,
+        reply: str,
+        body: bytes,
+        patience: float | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
         """Hands over to the loop thread, with one wake-up for a burst."""
         give_up = time.monotonic() + (self._patience if patience is None else patience)
-        self._new.append(_Unconfirmed(reply, body, give_up))
+        self._new.append(_Unconfirmed(reply, body, give_up, headers))
         if not self._scheduled or self._sender is None or self._sender.done():
             self._scheduled = True
             self._connection.call_soon(self._kick)
@@ -181,7 +191,7 @@ class Acks:
         if entry.future is not None:
             entry.future.cancel()
         entry.sent = time.monotonic()
-        entry.future = await session.send(entry.reply, entry.body)
+        entry.future = await session.send(entry.reply, entry.body, entry.headers)
         entry.future.add_done_callback(lambda future: self._answered(entry, future))
 
     def _answered(self, entry: _Unconfirmed, future: asyncio.Future[Msg]) -> None:

@@ -1,4 +1,4 @@
-"""The database that holds the outbox: an engine of ours, or the one behind your sessions.
+"""The database of outbox and inbox: an engine of ours, or the one behind your sessions.
 
 Every statement of a flusher is a transaction of its own, so that none is open while anything
 waits for the network. Nothing here needs a session's state or a prepared statement, so that a
@@ -14,24 +14,38 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from functools import cached_property
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Generic, TypeVar
 
 from kombu.utils.imports import symbol_by_name
 from sqlalchemy import Connection, Engine, Table, create_engine, event, exc
 from sqlalchemy.engine import make_url
+from sqlalchemy.orm import Session, sessionmaker
 
 from .config import Config
-from .exceptions import ConfigurationError, OutboxUnavailableError
-from .models import Tables, outbox_model
+from .exceptions import (
+    ConfigurationError,
+    DatabaseUnavailableError,
+    InboxUnavailableError,
+    OutboxUnavailableError,
+)
 from .readers import masked
 
-__all__ = ("Database", "is_conflict", "is_outage")
+__all__ = (
+    "Database",
+    "Engines",
+    "again",
+    "is_autocommit",
+    "is_away",
+    "is_conflict",
+    "is_outage",
+    "mapped_table",
+)
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+TablesT = TypeVar("TablesT", bound=Iterable[Table])
 
 #: Seconds to wait for a connection, and for a lock on SQLite.
 CONNECT_TIMEOUT = 5
@@ -39,6 +53,10 @@ SQLITE_TIMEOUT = 30
 #: How often a statement that lost against another transaction is tried.
 TRIES = 6
 
+_UNAVAILABLE: dict[str, type[DatabaseUnavailableError]] = {
+    "outbox": OutboxUnavailableError,
+    "inbox": InboxUnavailableError,
+}
 #: What our own engine tells the drivers: give up on a server that does not answer.
 _CONNECT_ARGS: dict[str, dict[str, Any]] = {
     "psycopg": {
@@ -54,81 +72,161 @@ _CONNECT_ARGS: dict[str, dict[str, Any]] = {
 }
 
 #: SQLSTATEs and error numbers of a transaction that lost against another and may try again.
-_CONFLICTS = {"40001", "40P01", "55P03", 1205, 1213, 1020}
+_CONFLICTS = {"40001", "40P01", "55P03", 1205, 1213, 1020, 3572}
+#: What says that a server is away, goes, comes, or has no connection to spare.
+_AWAY_STATES = ("08", "57P01", "57P02", "57P03", "53300", "25006")
+_AWAY_NUMBERS = {1040, 1053, 1203, 1226, 1927, 2002, 2003, 2006, 2013, 2055, 4031}
 #: PostgreSQL where only reading is allowed: the other server has taken over.
 _STANDBY = "25006"
 
 
-class Database:
-    """The outbox's database as one process sees it. Thread-safe; a forked child makes its own."""
+class Engines:
+    """Where one process's engines come from; thread-safe, and a forked child begins anew.
+
+    Args:
+        config: the settings.
+    """
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._engine: Engine | None = None
+        self._own: Engine | None = None
         self._lock = threading.Lock()
-        _databases.add(self)
+        _all_engines.add(self)
 
-    @property
-    def engine(self) -> Engine:
-        """Ours for ``database_url``, else that of ``session_factory``.
+    def engine(self, table: Table) -> Engine:
+        """Ours for ``database_url``, else that of ``session_factory`` for a table.
 
         Raises:
             ConfigurationError: neither can be used.
         """
-        tables, url = self.tables, self._config.database_url
+        url = self._config.database_url
+        if url is None:
+            return _engine_of(self._config.session_factory, table)
         with self._lock:
-            if self._engine is None:
-                factory = self._config.session_factory
-                self._engine = _own_engine(url) if url else _engine_of(factory, tables.outbox)
-            return self._engine
+            if self._own is None:
+                self._own = _own_engine(url)
+            return self._own
 
-    @cached_property
-    def tables(self) -> Tables:
-        """The outbox's tables: those of ``outbox_model``, else of the default model."""
-        config = self._config
-        model = config.outbox_model
-        if isinstance(model, str):
-            model = _imported("outbox_model", model)
-        if model is None:
-            model = outbox_model(config.outbox_table, config.outbox_schema)
-        table = getattr(model, "__table__", None)
-        if table is None:
-            raise ConfigurationError(
-                f"jetstream_outbox_model={model!r} is no mapped class; derive one from OutboxMixin",
-                setting="jetstream_outbox_model",
-            )
-        return Tables.of(table)
+    def sessions(self, table: Table) -> Callable[[], Session]:
+        """What makes sessions for handlers: ``session_factory``, else one of our own engine.
+
+        Raises:
+            ConfigurationError: its sessions are asynchronous, or have no engine.
+        """
+        factory = self._config.session_factory
+        if factory is None:
+            return sessionmaker(self.engine(table))
+        _engine_of(factory, table)
+        return _sessionmaker(factory)
+
+    def close(self) -> None:
+        """Closes the connections of an engine of ours."""
+        with self._lock:
+            engine, self._own = self._own, None
+        if engine is not None:
+            engine.dispose()
+
+
+class Database(Generic[TablesT]):
+    """The database of the outbox, or of the inbox, as one process sees it. Thread-safe.
+
+    Args:
+        engines: the process's.
+        name: ``outbox`` or ``inbox``: as messages, and the command that makes the tables, have it.
+        tables: its tables; the first says which engine is meant.
+    """
+
+    def __init__(self, engines: Engines, name: str, tables: TablesT) -> None:
+        self.engines = engines
+        self.name = name
+        self.tables = tables
+        self._engine: Engine | None = None
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that statements of our own use.
+
+        Raises:
+            ConfigurationError: there is none that can be used.
+        """
+        return self.engines.engine(next(iter(self.tables)))
 
     @contextlib.contextmanager
     def statements(self) -> Iterator[Connection]:
         """A connection on which every statement is a transaction.
 
         Raises:
-            OutboxUnavailableError: the database is away.
+            DatabaseUnavailableError: the database is away.
         """
-        with translated(self.engine), self.engine.connect() as connection:
+        engine = self.engine
+        with self.translated(engine), engine.connect() as connection:
             yield connection.execution_options(isolation_level="AUTOCOMMIT")
 
     def transaction(self, work: Callable[[Connection], T]) -> T:
         """Does ``work(connection)`` in one transaction; again where it lost against another.
 
         Raises:
-            OutboxUnavailableError: the database is away.
+            DatabaseUnavailableError: the database is away.
         """
+        engine = self.engine
 
         def attempt() -> T:
-            with self.engine.begin() as connection:
+            with engine.begin() as connection:
                 return work(connection)
 
-        with translated(self.engine):
+        with self.translated(engine):
             return again(attempt)
 
-    def close(self) -> None:
-        """Closes the connections of an engine of ours."""
-        with self._lock:
-            engine, self._engine = self._engine, None
-        if engine is not None and self._config.database_url is not None:
-            engine.dispose()
+    @contextlib.contextmanager
+    def translated(self, bind: Engine | Connection) -> Iterator[None]:
+        """Raises what a database says as ours: an outage, or a table that is not there.
+
+        Raises:
+            DatabaseUnavailableError: an outage, or a conflict that was lost.
+        """
+        try:
+            with self.tables_there(bind):
+                yield
+        except exc.SQLAlchemyError as error:
+            if is_outage(error) or is_conflict(error):
+                raise _UNAVAILABLE[self.name](
+                    f"the {self.name}'s database {_place(bind.engine)} is away: {_cause(error)}"
+                ) from error
+            raise
+
+    @contextlib.contextmanager
+    def tables_there(self, bind: Engine | Connection) -> Iterator[None]:
+        """Says what to do about a table that is not there."""
+        try:
+            yield
+        except exc.DBAPIError as error:
+            if not _no_table(error):
+                raise
+            raise ConfigurationError(
+                f"the {self.name}'s tables are not in {_place(bind.engine)} as they must be; run "
+                f"'celery -A … jetstream {self.name} init', or your migrations: {_cause(error)}"
+            ) from error
+
+
+def mapped_table(config: Config, name: str, default: Callable[..., type[Any]]) -> Table:
+    """The table of the outbox's or the inbox's model: the user's, else the default one's.
+
+    Raises:
+        ConfigurationError: ``jetstream_{name}_model`` is no mapped class.
+    """
+    model = getattr(config, f"{name}_model")
+    if isinstance(model, str):
+        model = _imported(f"{name}_model", model)
+    if model is None:
+        model = default(getattr(config, f"{name}_table"), getattr(config, f"{name}_schema"))
+    table = getattr(model, "__table__", None)
+    if not isinstance(table, Table):
+        raise ConfigurationError(
+            f"jetstream_{name}_model={model!r} is no mapped class; derive one from "
+            f"{name.capitalize()}Mixin",
+            setting=f"jetstream_{name}_model",
+        )
+    return table
 
 
 def again(work: Callable[[], T]) -> T:
@@ -147,10 +245,8 @@ def is_conflict(error: BaseException) -> bool:
     """Whether a transaction lost against another (deadlock, lock wait, locked SQLite)."""
     if not isinstance(error, exc.DBAPIError) or error.orig is None:
         return False
-    number = error.orig.args[0] if error.orig.args else None
     locked = "database is locked" in str(error.orig) or "table is locked" in str(error.orig)
-    known = _state(error) in _CONFLICTS or (isinstance(number, int) and number in _CONFLICTS)
-    return known or locked
+    return locked or _state(error) in _CONFLICTS or _number(error) in _CONFLICTS
 
 
 def is_outage(error: BaseException) -> bool:
@@ -162,32 +258,32 @@ def is_outage(error: BaseException) -> bool:
     return isinstance(error, exc.DBAPIError) and error.connection_invalidated
 
 
-@contextlib.contextmanager
-def translated(engine: Engine) -> Iterator[None]:
-    """Raises what a database says as ours: an outage, or a table that is not there."""
-    try:
-        with tables_there(engine):
-            yield
-    except exc.SQLAlchemyError as error:
-        if is_outage(error) or is_conflict(error):
-            raise OutboxUnavailableError(
-                f"the outbox's database {_place(engine)} is away: {_cause(error)}"
-            ) from error
-        raise
+def is_away(error: BaseException) -> bool:
+    """Whether the database is surely away, whatever the statement was.
+
+    For statements of users': to them, some drivers tell a column that is not there by the same
+    class of error as a server that is gone.
+    """
+    if isinstance(error, exc.TimeoutError):  # no connection to be had of the pool
+        return True
+    if not isinstance(error, exc.DBAPIError) or is_conflict(error):
+        return False
+    state, number = _state(error), _number(error)
+    if error.connection_invalidated or number in _AWAY_NUMBERS:
+        return True
+    if state is not None:
+        return state.startswith(_AWAY_STATES)
+    # a driver of PostgreSQL's that lost its connection has no state to tell
+    silent = hasattr(error.orig, "sqlstate") or hasattr(error.orig, "pgcode")
+    return silent and isinstance(error, exc.OperationalError)
 
 
-@contextlib.contextmanager
-def tables_there(bind: Engine | Connection) -> Iterator[None]:
-    """Says what to do about a table that is not there."""
-    try:
-        yield
-    except exc.DBAPIError as error:
-        if not _no_table(error):
-            raise
-        raise ConfigurationError(
-            f"the outbox's tables are not in {_place(bind.engine)} as they must be; run 'celery -A "
-            f"… jetstream outbox init', or your migrations: {_cause(error)}"
-        ) from error
+def is_autocommit(connection: Connection) -> bool:
+    """Whether each statement is its own transaction: no COMMIT will follow."""
+    level = connection.get_execution_options().get("isolation_level")
+    if level is None:  # as the engine was created; SQLAlchemy has no public name for that
+        level = getattr(connection.dialect, "_on_connect_isolation_level", None)
+    return bool(level == "AUTOCOMMIT")
 
 
 def _place(engine: Engine) -> str:
@@ -199,6 +295,12 @@ def _place(engine: Engine) -> str:
 def _state(error: exc.DBAPIError) -> str | None:
     """The SQLSTATE, where the driver tells; psycopg2 has its own name for it."""
     return getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
+
+
+def _number(error: exc.DBAPIError) -> int | None:
+    """MySQL's number of an error."""
+    first = error.orig.args[0] if error.orig is not None and error.orig.args else None
+    return first if isinstance(first, int) else None
 
 
 def _no_table(error: exc.DBAPIError) -> bool:
@@ -235,6 +337,7 @@ def _own_engine(url: str) -> Engine:
     options["hide_parameters"] = True  # headers and bodies are nothing for a log
     if parsed.get_backend_name() != "sqlite":
         options |= {"pool_size": 2, "max_overflow": 8, "pool_timeout": 30, "pool_pre_ping": True}
+        options["isolation_level"] = "READ COMMITTED"  # as PostgreSQL has it: no locks on gaps
     try:
         engine = create_engine(parsed, **options)
     except (ImportError, exc.ArgumentError) as error:
@@ -255,9 +358,14 @@ def _set_wal(connection: Any, _: Any) -> None:
     cursor.close()
 
 
-def _engine_of(factory: Any, table: Table) -> Engine:
+def _sessionmaker(factory: Any) -> Callable[[], Session]:
     made = _imported("session_factory", factory) if isinstance(factory, str) else factory
-    made = getattr(made, "session_factory", made)  # of a scoped_session: not the one in use
+    found: Callable[[], Session] = getattr(made, "session_factory", made)
+    return found  # of a scoped_session: not the one in use
+
+
+def _engine_of(factory: Any, table: Table) -> Engine:
+    made = _sessionmaker(factory)
     shown = f"jetstream_session_factory={masked(factory)}"
     try:
         bind = made().get_bind(clause=table)
@@ -289,15 +397,15 @@ def _imported(setting: str, name: str) -> Any:
 
 # -- forks -----------------------------------------------------------------------------------------
 
-_databases: weakref.WeakSet[Database] = weakref.WeakSet()
+_all_engines: weakref.WeakSet[Engines] = weakref.WeakSet()
 _inherited: list[object] = []
 
 
 def _forget_in_child() -> None:
     """In a forked child the parent's connections are left as they are, for ever."""
-    for database in list(_databases):
-        _inherited.append(database._engine)
-        database._engine, database._lock = None, threading.Lock()
+    for engines in list(_all_engines):
+        _inherited.append(engines._own)
+        engines._own, engines._lock = None, threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):

@@ -18,7 +18,7 @@ from kombu.exceptions import OperationalError
 from . import events
 from .config import Config
 from .exceptions import DecodeError
-from .handlers import HEADER, LEASE, Handlers
+from .handlers import EVENT_ID, EVENT_TYPE, HEADER, LEASE, Handlers
 from .inflight import Flight
 from .settlement import DeadLetter, Nak, Settlement
 
@@ -87,6 +87,7 @@ class Dispatcher:
                 event = events.decode(flight.body)
             except DecodeError as error:
                 return DeadLetter(error.reason, type(error).__name__, str(error))
+            flight.event_id = event.event_id
             flight.task = self._handlers.find(event.event_type)
             flight.envelope = event.envelope
             if flight.task is None:
@@ -162,7 +163,7 @@ class Dispatcher:
             self._producer,
             task.name,
             message,
-            headers={HEADER: {**delivery.to_header(), LEASE: lease_ends}},
+            headers={HEADER: _header(flight, lease_ends)},
             retry=False,
             declare=self._to_declare(flight),
             **flight.options,
@@ -188,6 +189,15 @@ class Dispatcher:
         if not self._app.amqp.router.routes:  # then it depends on the task alone
             self._fixed_routes[task.name] = route
         return route
+
+
+def _header(flight: Flight, lease_ends: float | None) -> dict[str, Any]:
+    return {
+        **flight.delivery.to_header(),
+        LEASE: lease_ends,
+        EVENT_ID: flight.event_id,
+        EVENT_TYPE: flight.envelope.get("event_type"),
+    }
 
 
 def _queue_name(options: dict[str, Any]) -> str:

@@ -12,7 +12,10 @@
     ├── TopologyError                                  .stream
     │   ├── SubjectOverlapError                        .subject .other_stream
     │   └── DriftError                                 .differences
-    ├── OutboxUnavailableError (+ ConnectionError)
+    ├── InboxError
+    ├── DatabaseUnavailableError (+ ConnectionError)
+    │   ├── OutboxUnavailableError
+    │   └── InboxUnavailableError
     └── NotConnectedError    (+ ConnectionError)
         ├── ConnectionRefusedByServer
         └── NoResponders
@@ -31,10 +34,13 @@ __all__ = (
     "CeleryJetStreamError",
     "ConfigurationError",
     "ConnectionRefusedByServer",
+    "DatabaseUnavailableError",
     "DecodeError",
     "DriftError",
     "EncodeError",
     "EventError",
+    "InboxError",
+    "InboxUnavailableError",
     "NoResponders",
     "NotConnectedError",
     "OutboxUnavailableError",
@@ -159,8 +165,20 @@ class DriftError(TopologyError):
         self.differences = tuple(differences)
 
 
-class OutboxUnavailableError(CeleryJetStreamError, ConnectionError):
-    """The outbox's database is away. An outage: nothing was written, nothing is lost."""
+class DatabaseUnavailableError(CeleryJetStreamError, ConnectionError):
+    """A database is away. An outage: nothing was written, nothing is lost."""
+
+
+class OutboxUnavailableError(DatabaseUnavailableError):
+    """The outbox's database is away."""
+
+
+class InboxUnavailableError(DatabaseUnavailableError):
+    """The inbox's database is away; the message comes again, for as long as that lasts."""
+
+
+class InboxError(CeleryJetStreamError):
+    """A handler ended the transaction that its inbox row is in; it was rolled back."""
 
 
 class NotConnectedError(CeleryJetStreamError, ConnectionError):

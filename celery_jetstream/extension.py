@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import contextlib
 import json
 import logging
 import os
-import socket
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +25,13 @@ from .exceptions import ConfigurationError, EventError, NotConnectedError
 from .handlers import Handlers
 from .publisher import Message, Publisher, PublishResult
 from .request import HandBack, Keeper
+from .runtime import Runtime
 from .session import NoResponders
 from .settler import Settler
 
 if TYPE_CHECKING:
+    from .aside import Aside
+    from .inbox import Inbox
     from .outbox import Outbox
 
 __all__ = ("JetStream",)
@@ -46,21 +46,11 @@ SEND_GRACE = 5.0
 ENSURE_INTERVAL = 2.0
 
 FLUSH, PRUNE = "celery_jetstream.flush_outbox", "celery_jetstream.prune_outbox"
+PRUNE_INBOX = "celery_jetstream.prune_inbox"
 #: Seconds between two prunings.
 PRUNE_INTERVAL = 600.0
 
 Middleware = Callable[[Event, Callable[[Event], Any]], Any]
-
-
-@dataclass
-class _Runtime:
-    """What one process has; a forked child makes its own."""
-
-    connection: Connection
-    publisher: Publisher
-    settler: Settler
-    keeper: Keeper
-    outbox: Outbox | None = None  # made when it is first asked for
 
 
 class JetStream:
@@ -84,8 +74,8 @@ class JetStream:
             )
         self.app = app
         self.middleware: tuple[Middleware, ...] = ()
-        self._lock = threading.RLock()  # a model of the user's is imported with it held
-        self._runtime: _Runtime | None = None
+        self._lock = threading.Lock()
+        self._runtime: Runtime | None = None
         self._ensured = 0.0
         app.jetstream = self
         app.steps["worker"].add(CheckSettings)
@@ -146,18 +136,8 @@ class JetStream:
 
     def close(self, timeout: float = 5.0) -> None:
         """Waits for settlements to be confirmed and closes, ``timeout`` seconds at the most."""
-        runtime = self._runtime
-        if runtime is None:
-            return
-        deadline = time.monotonic() + timeout
-        if runtime.outbox is not None:
-            runtime.outbox.close(timeout * 0.2)
-        if runtime.settler.pending:
-            with contextlib.suppress(NotConnectedError):
-                missing = runtime.settler.drain(timeout * 0.6)
-                if missing:
-                    logger.warning("%d settlements are unconfirmed at the end", missing)
-        runtime.connection.close(max(0.5, deadline - time.monotonic()))
+        if self._runtime is not None:
+            self._runtime.close(timeout)
 
     def reconnect(self) -> None:
         """Drops the connection and waits for a new one.
@@ -271,35 +251,23 @@ class JetStream:
         Raises:
             ConfigurationError: it has no database.
         """
-        process = self._process
-        if process.outbox is None:
-            with self._lock:
-                if process.outbox is None:
-                    process.outbox = self._make_outbox(process)
-        return process.outbox
+        return self._process.outbox
 
-    def _make_outbox(self, process: _Runtime) -> Outbox:
-        if not self.config.has_outbox:
-            raise ConfigurationError(
-                "there is no outbox: set jetstream_database_url or jetstream_session_factory",
-                setting="jetstream_database_url",
-            )
-        try:
-            from .outbox import Outbox  # SQLAlchemy is for those who have an outbox
-        except ImportError as error:
-            raise ConfigurationError(
-                f'the outbox needs SQLAlchemy: pip install "celery-jetstream[sqlalchemy]" ({error})'
-            ) from error
-        return Outbox(self.config, process.connection, process.publisher, self._send_flush)
+    @property
+    def inbox(self) -> Inbox:
+        """This process's inbox.
+
+        Raises:
+            ConfigurationError: it has no database.
+        """
+        return self._process.inbox
 
     def _send_flush(self) -> None:
         self.app.send_task(FLUSH, retry=False, ignore_result=True, **self._flush_options())
 
     def _flush_options(self) -> dict[str, Any]:
         """Where flushes go. Without ``expires``: a worker whose clock is ahead would drop them."""
-        queue = self.config.outbox_queue
-        options: dict[str, Any] = {"expiration": self.config.outbox_flush_interval}  # RabbitMQ's
-        return {**options, "queue": queue} if queue else options
+        return _options(self.config.outbox_flush_interval, self.config.outbox_queue)
 
     def _schedule(self, **_: Any) -> None:
         """Puts the flush and the pruning into beat's schedule; an entry of the user's stays.
@@ -322,16 +290,21 @@ class JetStream:
             config = Config.from_app(self.app)
         except ConfigurationError:
             return {}  # said where the settings are used
-        if not config.outbox_beat:
-            return {}
-        queue = {"queue": config.outbox_queue} if config.outbox_queue else {}
+        entries: list[tuple[str, str, float, str | None]] = []
+        if config.outbox_beat:
+            name, queue = config.outbox_beat_name, config.outbox_queue
+            entries.append((name, FLUSH, config.outbox_flush_interval, queue))
+            entries.append((f"{name}.prune", PRUNE, PRUNE_INTERVAL, queue))
+        if config.inbox_beat and self._uses_inbox(config):
+            entries.append((PRUNE_INBOX, PRUNE_INBOX, PRUNE_INTERVAL, config.inbox_queue))
         return {
-            name: {"task": task, "schedule": every, "options": {**queue, "expiration": every}}
-            for name, task, every in (
-                (config.outbox_beat_name, FLUSH, config.outbox_flush_interval),
-                (f"{config.outbox_beat_name}.prune", PRUNE, PRUNE_INTERVAL),
-            )
+            name: {"task": task, "schedule": every, "options": _options(every, queue)}
+            for name, task, every, queue in entries
         }
+
+    def _uses_inbox(self, config: Config) -> bool:
+        tasks = self.app.tasks.values() if self.app.finalized else ()
+        return config.use_inbox or any(getattr(task, "inbox", None) is True for task in tasks)
 
     # -- topology --------------------------------------------------------------------------------
 
@@ -358,6 +331,13 @@ class JetStream:
             await self._ensure()
         except Exception as error:
             logger.error("stream or consumer is missing and could not be made: %s", error)
+
+    async def stream_info(self) -> dict[str, Any]:
+        """The server's account of the stream; empty where it cannot be had. Loop thread."""
+        try:
+            return await self._api(f"STREAM.INFO.{self.config.stream_name}", {})
+        except NotConnectedError:
+            return {}
 
     async def _ensure(self) -> plans.Plan:
         return await topology.ensure(self._api, *self._specs())
@@ -411,38 +391,46 @@ class JetStream:
         return self._process.settler
 
     @property
+    def aside(self) -> Aside:
+        """This process's thread for what may wait for a database."""
+        return self._process.aside
+
+    @property
     def keeper(self) -> Keeper:
         """This process's keeper of the messages that a worker holds."""
         return self._process.keeper
 
     @property
-    def _process(self) -> _Runtime:
+    def _process(self) -> Runtime:
         runtime = self._runtime
         if runtime is None:
             config = self.config
             with self._lock:
                 if self._runtime is None:
-                    self._runtime = self._make(config)
+                    self._runtime = Runtime(config, self.ensure_topology, self._send_flush)
                 runtime = self._runtime
         return runtime
 
-    def _make(self, config: Config) -> _Runtime:
-        connection = Connection(config)
-        publisher = Publisher(config, connection, self.ensure_topology)
-        settler = Settler(config, connection, publisher)
-        keeper = Keeper(connection, settler, claimant=f"{socket.gethostname()}-{os.getpid()}")
-        return _Runtime(connection, publisher, settler, keeper)
-
     def _forget(self) -> None:
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._runtime = None
+
+
+def _options(every: float, queue: str | None) -> dict[str, Any]:
+    """How a task of beat's is sent; ``expiration`` is RabbitMQ's."""
+    return {"expiration": every} if queue is None else {"expiration": every, "queue": queue}
 
 
 class CheckSettings(bootsteps.Step):
     """A worker with wrong settings, or two handlers for one pattern, does not start."""
 
     def __init__(self, worker: Any, **_: Any) -> None:
-        worker.app.jetstream.check()
+        jetstream = worker.app.jetstream
+        with_inbox = jetstream.check().with_inbox
+        if with_inbox and any(task.wants_session for task in with_inbox):
+            jetstream.inbox.sessions  # noqa: B018 - made here so that what is wrong is said here
+        elif with_inbox:
+            jetstream.inbox  # noqa: B018
 
 
 # -- processes: start, fork, end ------------------------------------------------------------------

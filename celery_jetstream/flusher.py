@@ -29,6 +29,7 @@ from .database import Database
 from .exceptions import CeleryJetStreamError, NotConnectedError
 from .headers import validate_headers
 from .leases import ALL_BUCKETS, Lease
+from .models import Tables
 from .outcomes import Message, PublishResult, Verdict
 from .publisher import Publisher
 from .recorder import Counts, Recorder
@@ -110,7 +111,11 @@ class Flusher:
     """Flushes one outbox. Thread-safe: each flush is a run of its own."""
 
     def __init__(
-        self, config: Config, database: Database, connection: Connection, publisher: Publisher
+        self,
+        config: Config,
+        database: Database[Tables],
+        connection: Connection,
+        publisher: Publisher,
     ) -> None:
         self.config = config
         self.database = database

@@ -1,35 +1,35 @@
 """Handlers: the Celery tasks that receive events.
 
 :func:`jetstream_handler` makes one, with ``shared_task`` semantics; :class:`JetStreamTask` turns
-the envelope into an :class:`~celery_jetstream.events.Event`, runs the middleware around the
-handler, and makes ``retry()`` a redelivery by JetStream. How a task ended is settled when Celery
-sends ``task_postrun``, in the process that ran it. Endings that this process does not live to
-see are the worker's main process' business (:mod:`celery_jetstream.request`).
+the envelope into an :class:`~celery_jetstream.events.Event`, runs the middleware and the inbox
+around the handler, and makes ``retry()`` a redelivery by JetStream. How a task ended is settled in
+:mod:`celery_jetstream.ends`.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
-import random
 from collections.abc import Callable, Iterable, Mapping
-from datetime import datetime, timezone
+from datetime import datetime
 from functools import cached_property, lru_cache, partial
 from types import EllipsisType
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from celery import Celery, Task, signals
+from celery import Celery, Task
 from celery._state import _get_active_apps, connect_on_app_finalize, get_current_app
 from celery.exceptions import Retry
 from celery.local import Proxy
-from celery.states import SUCCESS
-from celery.worker import state as worker_state
 
 from . import subjects
 from .config import Config
 from .delivery import Delivery
 from .events import Event
 from .exceptions import ConfigurationError
-from .settlement import Ack, DeadLetter, End, Nak, Policy, Settlement, decide
+from .settlement import HAND_BACKS, HAND_BACKS_WITH_INBOX, Ack, DeadLetter, Nak, Policy
+
+if TYPE_CHECKING:
+    from .inbox_rows import Entry
 
 __all__ = ("HEADER", "Handlers", "JetStreamTask", "delivery_of", "jetstream_handler")
 
@@ -43,6 +43,12 @@ LEASE = "lease_ends"
 #: What a task returns whose settlement a middleware gave: the worker's main process, which sees
 #: only the result's text, must not take it for an Ack.
 SETTLED = "settled by middleware"
+#: In that header: what the inbox needs of the event.
+EVENT_ID, EVENT_TYPE = "event_id", "event_type"
+#: The parameter of a handler that is to run in the transaction of its inbox row.
+SESSION = "session"
+#: Characters of a handler's key in the inbox.
+KEY_LENGTH = 255
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -52,14 +58,20 @@ def jetstream_handler(*event_types: str, **options: Any) -> Callable[[F], Any]:
 
     ``shared_task`` semantics: it may be used before there is an app, in reusable packages, and
     the task appears in every app, on top of that app's ``task_cls``. The function gets the
-    :class:`~celery_jetstream.events.Event` (after ``self`` with ``bind=True``).
+    :class:`~celery_jetstream.events.Event` (after ``self`` with ``bind=True``), and where it has a
+    parameter ``session`` and an inbox, a session of SQLAlchemy's: what it writes there, the inbox
+    row, and events that it adds to the outbox commit together when it returns.
 
     Args:
         event_types: NATS patterns over the event type: ``user.created``, ``user.*``,
             ``order.>``. The most specific pattern wins.
         options: any option of a Celery task (``queue``, ``autoretry_for``, ``max_retries``,
             ``time_limit``, ``rate_limit``, ``bind``, ``name``, …), and
-            ``unrecoverable_errors``, which replaces ``jetstream_unrecoverable_errors`` here.
+
+            * ``unrecoverable_errors``: replaces ``jetstream_unrecoverable_errors`` here;
+            * ``inbox``: handle each event once; default ``jetstream_use_inbox``;
+            * ``inbox_key``: what the inbox calls this handler; default the task's name. Keep it
+              where the task is renamed.
 
     Raises:
         SubjectError: a pattern is not legal.
@@ -134,6 +146,8 @@ class JetStreamTask(Task):
     Attributes:
         event_types: the patterns it handles.
         unrecoverable_errors: this handler's, or None for the app's.
+        inbox: whether it handles each event once, or None for the app's setting.
+        inbox_key: what the inbox calls it; "" for the task's name.
     """
 
     abstract = True
@@ -141,6 +155,8 @@ class JetStreamTask(Task):
     event_types: tuple[str, ...] = ()
     retry_kwargs: Mapping[str, Any] = {}
     unrecoverable_errors: tuple[type[BaseException], ...] | None = None
+    inbox: bool | None = None
+    inbox_key: str = ""
 
     def __call__(self, event: Any, *args: Any, **kwargs: Any) -> Any:
         event = self.event(event)
@@ -163,7 +179,50 @@ class JetStreamTask(Task):
         call = super().__call__  # the app's task_cls, or base=, may have one (Flask's does)
         if getattr(call, "__func__", None) is Task.__call__:
             call = self.run
-        return call(event, *args, **kwargs)
+        handle = partial(call, event, *args, **kwargs)
+        return self._by_inbox(handle, SESSION in kwargs) if self.has_inbox else handle()
+
+    def _by_inbox(self, handle: Callable[..., Any], has_session: bool) -> Any:
+        """Runs the handler where the inbox has it still to be done; else a settlement."""
+        delivery, inbox = delivery_of(self.request), self.app.jetstream.inbox
+        within = self.wants_session and not has_session
+        if delivery is None:
+            return inbox.bare(lambda session: handle(session=session)) if within else handle()
+        entry = self.entry(delivery, getattr(self.request, HEADER))
+        if within:
+            return inbox.run_within(entry, lambda session: handle(session=session), self._begun)
+        return inbox.run_around(entry, handle, self._begun)
+
+    def _begun(self, failures: int) -> None:
+        """With an inbox, attempts are counted by its row."""
+        self.request.jetstream_attempt = failures + 1
+        self.request.retries = failures
+
+    @cached_property
+    def wants_session(self) -> bool:
+        """Whether it is to run in the transaction of its inbox row."""
+        return SESSION in inspect.signature(self.run).parameters
+
+    @property
+    def has_inbox(self) -> bool:
+        """Whether it handles each event once."""
+        if self.inbox is not None:
+            return self.inbox
+        jetstream = getattr(self.app, "jetstream", None)
+        return bool(jetstream is not None and jetstream.config.use_inbox)
+
+    @property
+    def handler_key(self) -> str:
+        """What the inbox calls it."""
+        return self.inbox_key or str(self.name)
+
+    def entry(self, delivery: Delivery, header: Any) -> Entry:
+        """A hand-over as the inbox has it; ``header`` is the copy's, which names the event."""
+        from .inbox_rows import Entry
+
+        known = header if isinstance(header, Mapping) else {}
+        event_id, event_type = known.get(EVENT_ID), known.get(EVENT_TYPE)
+        return Entry(str(event_id or ""), self.handler_key, str(event_type or ""), delivery)
 
     def event(self, argument: Any) -> Event:
         """The event that the task's first argument stands for.
@@ -220,7 +279,9 @@ class JetStreamTask(Task):
                 "max_retries and throw here, nothing else"
             )
         policy = self.policy(self.app.jetstream.config)
-        attempt = delivery.num_delivered
+        if exc is not None and self.has_inbox and self.app.jetstream.inbox.is_outage(exc):
+            raise exc  # no attempt, and never the last
+        attempt = getattr(request, "jetstream_attempt", delivery.num_delivered)
         if not policy.left(attempt) or (max_retries is not None and attempt > max_retries):
             request.jetstream_exhausted = True
             raise exc or self.MaxRetriesExceededError(
@@ -256,6 +317,8 @@ class JetStreamTask(Task):
                 config.unrecoverable_errors if unrecoverable is None else tuple(unrecoverable)
             ),
             outages=config.outage_errors,
+            handler=self.name,
+            hand_backs=HAND_BACKS_WITH_INBOX if self.has_inbox else HAND_BACKS,
         )
 
 
@@ -281,56 +344,6 @@ def read_header(header: Any) -> Delivery | None:
         return None
 
 
-# -- the end of a task that this process ran ------------------------------------------------------
-
-
-@signals.task_postrun.connect(weak=False)
-def settle_ended_task(
-    sender: Any = None, retval: Any = None, state: str | None = None, **_: Any
-) -> None:
-    """Settles the message of a handler that has just ended, before its result is reported.
-
-    Celery sends the signal in the process that ran the task, whatever the end, with the real
-    exception (an unpicklable one reaches the main process as something else). No ``state`` means
-    that a ``SystemExit`` or the like is on its way: in a pool child the process dies of it and
-    the main process settles.
-    """
-    if not isinstance(sender, JetStreamTask):
-        return
-    request = sender.request
-    delivery = delivery_of(request)
-    if delivery is None:
-        return
-    end: Any = getattr(request, "jetstream_settlement", None)
-    if end is None:
-        end = End.RETURNED if state == SUCCESS else retval
-    if state is None:
-        if request.id not in worker_state.requests:
-            return
-        end = SystemExit("the handler ended its thread")
-    settle(sender, delivery, end, request)
-
-
-def settle(
-    task: JetStreamTask,
-    delivery: Delivery,
-    end: End | BaseException | Settlement,
-    request: Any = None,
-) -> None:
-    """Decides and hands the settlement on; never blocks."""
-    jetstream = task.app.jetstream
-    settlement = decide(
-        end,
-        task.policy(jetstream.config),
-        delivery.num_delivered,
-        exhausted=getattr(request, "jetstream_exhausted", False),
-        jitter=random.random(),
-        now=datetime.now(timezone.utc),
-    )
-    if settlement is not None:
-        jetstream.settler.settle(delivery, settlement)
-
-
 # -- finding the handler of an event -------------------------------------------------------------
 
 
@@ -338,13 +351,16 @@ class Handlers:
     """Which task handles which event type. Celery's task registry is the registry.
 
     Raises:
-        ConfigurationError: two handlers have the same pattern; names both.
+        ConfigurationError: two handlers have the same pattern, or inbox key (names both), or one
+            takes a session and has no inbox.
     """
 
     def __init__(self, tasks: Iterable[Any]) -> None:
         self._by_pattern: dict[str, JetStreamTask] = {}
+        self._by_key: dict[str, JetStreamTask] = {}
         for task in tasks:
             if isinstance(task, JetStreamTask):
+                self._check_inbox(task)
                 for pattern in task.event_types:
                     self._add(pattern, task)
         self._patterns = sorted(self._by_pattern, key=subjects.specificity)
@@ -363,6 +379,34 @@ class Handlers:
                 f"two handlers for the event type {pattern!r}: {other.name} and {task.name}; "
                 "give one of them another pattern"
             )
+
+    def _check_inbox(self, task: JetStreamTask) -> None:
+        if not task.has_inbox:
+            if task.wants_session and not task.abstract:
+                raise ConfigurationError(
+                    f"the handler {task.name} takes a session, which the inbox gives: add "
+                    "inbox=True, or set jetstream_use_inbox",
+                    setting="jetstream_use_inbox",
+                )
+            return
+        if len(task.handler_key) > KEY_LENGTH:
+            raise ConfigurationError(
+                f"inbox_key of the handler {task.name} has {len(task.handler_key)} characters; "
+                f"give it one of {KEY_LENGTH} at most",
+                setting="inbox_key",
+            )
+        other = self._by_key.setdefault(task.handler_key, task)
+        if other is not task:
+            raise ConfigurationError(
+                f"two handlers with the inbox_key {task.handler_key!r}: {other.name} and "
+                f"{task.name}; each would pass over what the other has handled",
+                setting="inbox_key",
+            )
+
+    @property
+    def with_inbox(self) -> list[JetStreamTask]:
+        """The handlers that handle each event once."""
+        return list(self._by_key.values())
 
     def __bool__(self) -> bool:
         return bool(self._by_pattern)

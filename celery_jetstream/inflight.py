@@ -27,6 +27,7 @@ class Flight:
         subject: where it was published.
         body: as it came.
         task: the handler, once that is found; ``envelope`` is its argument.
+        event_id: the event's; "" where it has none.
         options: how the copy is sent.
         queue: the Celery queue's name.
         dispatched_at: when its last copy was sent; None while it waits.
@@ -42,6 +43,7 @@ class Flight:
     subject: str
     body: bytes
     task: Any = None
+    event_id: str = ""
     envelope: Any = None
     options: dict[str, Any] = field(default_factory=dict)
     queue: str = ""
@@ -70,6 +72,7 @@ class InFlight:
         self._flights: dict[int, Flight] = {}
         self._ready: deque[Flight] = deque()
         self._held_back: dict[str, deque[Flight]] = defaultdict(deque)
+        self._paused: deque[Flight] = deque()
         self._dispatched: dict[str, int] = defaultdict(int)
         self._empty_at: dict[str, float] = {}
         self._departed: dict[str, int] = defaultdict(int)
@@ -133,6 +136,15 @@ class InFlight:
             if self._flights.get(flight.delivery.sequence) is flight:
                 taken.append(flight)
         return taken
+
+    def pause(self, flights: Iterable[Flight]) -> None:
+        """Their handlers pause; they wait for :meth:`resume`."""
+        self._paused.extend(flights)
+
+    def resume(self) -> None:
+        """All that was paused may be asked about again."""
+        self._ready.extend(self._paused)
+        self._paused.clear()
 
     def put_back(self, flights: Iterable[Flight]) -> None:
         """They could not be dispatched (the broker is away); they stay first in line."""
@@ -207,6 +219,7 @@ class InFlight:
         for flight in waiting:
             del self._flights[flight.delivery.sequence]
         self._ready.clear()
+        self._paused.clear()
         self._held_back.clear()
         return waiting
 

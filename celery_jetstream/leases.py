@@ -16,7 +16,8 @@ from collections.abc import Collection
 from sqlalchemy import Connection, bindparam, exc, insert, select, update
 
 from .database import again, is_conflict
-from .models import AT_ONCE, BUCKETS, Tables, db_now
+from .models import AT_ONCE, BUCKETS, Tables
+from .sqltypes import db_now
 
 __all__ = ("ALL_BUCKETS", "Lease")
 

@@ -1,11 +1,9 @@
-"""The outbox's tables, as SQLAlchemy maps them, and the database's own clock.
+"""The outbox's tables, as SQLAlchemy maps them; and the inbox's, by name.
 
 Three tables: the outbox itself; ``…_buckets``, the leases by which flushers share it; and
 ``…_holds``, the keys that wait for a failed event. :class:`OutboxEvent` is the default model;
 :class:`OutboxMixin` makes one of your own. For Alembic, give :data:`metadata` to
 ``target_metadata`` (or the metadata of your own model).
-
-Every time in these tables is the database's, never a worker's.
 """
 
 from __future__ import annotations
@@ -19,39 +17,40 @@ from sqlalchemy import (
     BigInteger,
     CheckConstraint,
     Column,
-    DateTime,
-    Float,
     Index,
     Integer,
-    LargeBinary,
     MetaData,
     SmallInteger,
     String,
     Table,
-    Text,
-    TypeDecorator,
-    bindparam,
     text,
 )
-from sqlalchemy.dialects import mysql, postgresql
-from sqlalchemy.engine import Dialect
-from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Mapped, declared_attr, mapped_column
-from sqlalchemy.sql.functions import FunctionElement
 
-from .exceptions import ConfigurationError
+from .inbox_models import InboxMessage, InboxMixin, inbox_model
+from .sqltypes import (
+    BIG_ID,
+    BYTES,
+    IN_MYSQL,
+    IN_SQLITE,
+    LONG_TEXT,
+    UtcDateTime,
+    metadata,
+    need_columns,
+)
 
 __all__ = (
     "AT_ONCE",
     "BUCKETS",
     "PARKED",
     "STATUSES",
+    "InboxMessage",
+    "InboxMixin",
     "OutboxEvent",
     "OutboxMixin",
     "Tables",
-    "UtcDateTime",
     "bucket_of",
-    "db_now",
+    "inbox_model",
     "metadata",
     "outbox_model",
 )
@@ -73,84 +72,7 @@ def bucket_of(subject: str, ordering_key: str, event_id: str) -> int:
     return zlib.crc32(named.encode()) % BUCKETS
 
 
-# -- time ------------------------------------------------------------------------------------------
-
-
-class UtcDateTime(TypeDecorator[datetime]):
-    """A moment with microseconds, aware of UTC in Python whatever the database keeps."""
-
-    impl = DateTime
-    cache_ok = True
-
-    def load_dialect_impl(self, dialect: Dialect) -> Any:  # noqa: D102
-        if dialect.name == "postgresql":
-            return dialect.type_descriptor(postgresql.TIMESTAMP(timezone=True))
-        if dialect.name in ("mysql", "mariadb"):
-            return dialect.type_descriptor(mysql.DATETIME(fsp=6))
-        return dialect.type_descriptor(DateTime())
-
-    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: D102
-        if value is None:
-            return None
-        moment = value.astimezone(timezone.utc)
-        return moment if dialect.name == "postgresql" else moment.replace(tzinfo=None)
-
-    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: D102
-        if value is None:
-            return None
-        return value.replace(tzinfo=timezone.utc) if value.tzinfo is None else value
-
-
-class db_now(FunctionElement[datetime]):  # noqa: N801 - a function in SQL
-    """The database's clock, so many seconds from now (milliseconds count)."""
-
-    type = UtcDateTime()
-    inherit_cache = True
-
-    def __init__(self, seconds: Any = 0.0) -> None:
-        if isinstance(seconds, (int, float)):
-            seconds = bindparam(None, round(float(seconds), 3), type_=Float)
-        super().__init__(seconds)
-
-
-@compiles(db_now, "postgresql")
-def _postgresql_now(element: db_now, compiler: Any, **options: Any) -> str:
-    # statement_timestamp(): now() is the transaction's, clock_timestamp() can use no index
-    return (
-        f"(statement_timestamp() + make_interval(secs => "
-        f"CAST({compiler.process(element.clauses, **options)} AS double precision)))"
-    )
-
-
-@compiles(db_now, "mysql", "mariadb")
-def _mysql_now(element: db_now, compiler: Any, **options: Any) -> str:
-    return f"(UTC_TIMESTAMP(6) + INTERVAL {compiler.process(element.clauses, **options)} SECOND)"
-
-
-@compiles(db_now, "sqlite")
-def _sqlite_now(element: db_now, compiler: Any, **options: Any) -> str:
-    seconds = compiler.process(element.clauses, **options)
-    return f"(strftime('%Y-%m-%d %H:%M:%f', 'now', {seconds} || ' seconds') || '000')"
-
-
 # -- tables ----------------------------------------------------------------------------------------
-
-#: For Alembic's ``target_metadata``.
-metadata = MetaData()
-
-_IN_SQLITE = {"sqlite_autoincrement": True}  # ids never come again
-_IN_MYSQL = {
-    "mysql_engine": "InnoDB",
-    "mysql_charset": "utf8mb4",
-    "mysql_collate": "utf8mb4_bin",  # a key is its bytes: "A" is not "a"
-    "mariadb_engine": "InnoDB",
-    "mariadb_charset": "utf8mb4",
-    "mariadb_collate": "utf8mb4_bin",
-}
-_BIG_ID = BigInteger().with_variant(Integer(), "sqlite")
-_BYTES = LargeBinary().with_variant(mysql.LONGBLOB(), "mysql", "mariadb")
-_NO_COLUMNS = {"__outbox_args__"}
-_LONG_TEXT = Text().with_variant(mysql.MEDIUMTEXT(), "mysql", "mariadb")
 
 
 @dataclass(frozen=True)
@@ -168,13 +90,7 @@ class Tables:
         Raises:
             ConfigurationError: a column is missing.
         """
-        missing = sorted(OutboxMixin.__annotations__.keys() - outbox.columns.keys() - _NO_COLUMNS)
-        if missing:
-            raise ConfigurationError(
-                f"jetstream_outbox_model: the table {outbox.name!r} lacks the columns "
-                f"{', '.join(missing)}; derive the model from OutboxMixin",
-                setting="jetstream_outbox_model",
-            )
+        need_columns("jetstream_outbox_model", outbox, OutboxMixin)
         return cls(outbox, _buckets(outbox), _holds(outbox))
 
     def __iter__(self) -> Any:
@@ -212,7 +128,7 @@ def _beside(outbox: Table, suffix: str, columns: Any) -> Table:
     key = f"{outbox.schema}.{name}" if outbox.schema else name
     found = outbox.metadata.tables.get(key)
     if found is None:
-        options: dict[str, Any] = {"schema": outbox.schema, **_IN_MYSQL}
+        options: dict[str, Any] = {"schema": outbox.schema, **IN_MYSQL}
         found = Table(name, outbox.metadata, *columns(), **options)
     return found
 
@@ -251,22 +167,22 @@ class OutboxMixin:
 
     __outbox_args__: ClassVar[dict[str, Any]] = {}
 
-    id: Mapped[int] = mapped_column(_BIG_ID, primary_key=True, autoincrement=True)
+    id: Mapped[int] = mapped_column(BIG_ID, primary_key=True, autoincrement=True)
     event_id: Mapped[str] = mapped_column(String(255), nullable=False)
     event_type: Mapped[str] = mapped_column(String(255), nullable=False)
     subject: Mapped[str] = mapped_column(String(255), nullable=False)
     ordering_key: Mapped[str] = mapped_column(String(255), nullable=False)
     bucket: Mapped[int] = mapped_column(SmallInteger, nullable=False)
     on_failure: Mapped[str] = mapped_column(String(8), nullable=False)
-    headers: Mapped[str] = mapped_column(_LONG_TEXT, nullable=False)
-    body: Mapped[bytes] = mapped_column(_BYTES, nullable=False)
+    headers: Mapped[str] = mapped_column(LONG_TEXT, nullable=False)
+    body: Mapped[bytes] = mapped_column(BYTES, nullable=False)
     status: Mapped[str] = mapped_column(String(16), nullable=False)
     attempts: Mapped[int] = mapped_column(Integer, nullable=False)
     due_at: Mapped[datetime] = mapped_column(UtcDateTime, nullable=False)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, nullable=False)
     failing_since: Mapped[datetime | None] = mapped_column(UtcDateTime, nullable=True)
     finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime, nullable=True)
-    last_error: Mapped[str | None] = mapped_column(_LONG_TEXT, nullable=True)
+    last_error: Mapped[str | None] = mapped_column(LONG_TEXT, nullable=True)
 
     @declared_attr.directive
     def __table_args__(cls) -> tuple[Any, ...]:  # noqa: N805
@@ -296,7 +212,7 @@ class OutboxMixin:
                 "finished_at",
                 postgresql_where=text("status <> 'pending'"),
             ),
-            {**_IN_MYSQL, **_IN_SQLITE, **cls.__outbox_args__},
+            {**IN_MYSQL, **IN_SQLITE, **cls.__outbox_args__},
         )
 
     def __init_subclass__(cls, **options: Any) -> None:

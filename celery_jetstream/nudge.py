@@ -23,6 +23,8 @@ from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import Session, SessionTransaction, scoped_session
 
+from .database import is_autocommit
+
 __all__ = ("Nudge", "Nudger", "nudge_after_commit")
 
 logger = logging.getLogger(__name__)
@@ -170,7 +172,7 @@ _connections: weakref.WeakKeyDictionary[Connection, _Marks] = weakref.WeakKeyDic
 
 
 def _mark_connection(connection: Connection, nudge: Nudge) -> None:
-    if _is_autocommit(connection):
+    if is_autocommit(connection):
         _call((nudge,), CORE_DELAY)
         return
     _listen_to_engines()
@@ -179,14 +181,6 @@ def _mark_connection(connection: Connection, nudge: Nudge) -> None:
         marks = _connections[connection] = _Marks()
     savepoint = connection.get_nested_transaction()
     marks.add(None if savepoint is None else id(savepoint), nudge)
-
-
-def _is_autocommit(connection: Connection) -> bool:
-    """Whether each statement is its own transaction: no COMMIT will follow."""
-    level = connection.get_execution_options().get("isolation_level")
-    if level is None:  # as the engine was created; SQLAlchemy has no public name for that
-        level = getattr(connection.dialect, "_on_connect_isolation_level", None)
-    return bool(level == "AUTOCOMMIT")
 
 
 def _connection_commits(connection: Connection, *_: Any) -> None:

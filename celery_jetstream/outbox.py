@@ -22,14 +22,15 @@ from sqlalchemy.orm import Session, scoped_session
 from . import readers
 from .config import Config
 from .connection import Connection
-from .database import Database, tables_there
+from .database import Database, Engines, mapped_table
 from .exceptions import EventError, shown
 from .flusher import Flusher, FlushResult
-from .models import AT_ONCE, PARKED, bucket_of, db_now
+from .models import AT_ONCE, PARKED, Tables, bucket_of, outbox_model
 from .nudge import Nudger, nudge_after_commit
 from .outbox_admin import OutboxAdmin
 from .outcomes import Message, PublishResult, Verdict
 from .publisher import Publisher
+from .sqltypes import db_now
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
@@ -62,6 +63,7 @@ class Outbox(OutboxAdmin):
         connection: the process's connection to NATS.
         publisher: the process's publisher.
         send_flush: sends the task ``flush_outbox``; for processes without a connection.
+        engines: the process's; the outbox's database is one of them.
     """
 
     def __init__(
@@ -70,8 +72,10 @@ class Outbox(OutboxAdmin):
         connection: Connection,
         publisher: Publisher,
         send_flush: Callable[[], None],
+        engines: Engines,
     ) -> None:
-        self.database = Database(config)
+        tables = Tables.of(mapped_table(config, "outbox", outbox_model))
+        self.database = Database(engines, "outbox", tables)
         self.flusher = Flusher(config, self.database, connection, publisher)
         super().__init__(config, self.database, self.flusher)
         self._config = config
@@ -245,7 +249,7 @@ class Outbox(OutboxAdmin):
         table, connection = self.flusher.rows.table, session
         if not isinstance(session, DatabaseConnection):  # a session's execute() flushes, from 2.1
             connection = session.connection(bind_arguments={"clause": table})
-        with tables_there(connection):
+        with self.database.tables_there(connection):
             for due_at, rows in blocks:
                 statement: Any = self._insert(due_at)
                 if len(rows) > 1 and connection.dialect.insert_executemany_returning:
@@ -288,9 +292,8 @@ class Outbox(OutboxAdmin):
             self._send_flush()
 
     def close(self, timeout: float = 1.0) -> None:
-        """Sends a nudge that is due, and closes the database's connections."""
+        """Sends a nudge that is due."""
         self._nudger.close(timeout)
-        self.database.close()
 
 
 def _is_asynchronous(session: Any) -> bool:

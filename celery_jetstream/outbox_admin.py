@@ -14,15 +14,16 @@ from typing import Any
 
 from sqlalchemy import Connection, and_, delete, func, inspect, literal_column, select
 
-from . import outbox_schema
+from . import schema
 from .config import Config
 from .database import Database, again
 from .flusher import Flusher
-from .models import AT_ONCE, PARKED, db_now
+from .models import AT_ONCE, PARKED, Tables
 from .outbox_changes import BATCH, Change, Outcome, Progress, free_waiting, pause
 from .outbox_filter import EVERY_ROW, Filter, OutboxRow, shown_columns
 from .outbox_replay import Moment, Replay, ReplayResult
 from .outbox_status import breaker_state, table_state
+from .sqltypes import db_now
 
 __all__ = ("OutboxAdmin",)
 
@@ -40,7 +41,7 @@ class OutboxAdmin:
         flusher: this process's.
     """
 
-    def __init__(self, config: Config, database: Database, flusher: Flusher) -> None:
+    def __init__(self, config: Config, database: Database[Tables], flusher: Flusher) -> None:
         self._config = config
         self.database = database
         self.flusher = flusher
@@ -58,11 +59,11 @@ class OutboxAdmin:
         Raises:
             ConfigurationError: there is no such schema, or this user may not create tables.
         """
-        outbox_schema.create_tables(self.database)
+        schema.create_tables(self.database)
 
     def ddl(self) -> str:
         """The SQL that makes the tables in this kind of database, where there are none."""
-        return outbox_schema.ddl(self.database.engine.dialect, self.database.tables)
+        return schema.ddl(self.database.engine.dialect, self.database.tables)
 
     def differences(self) -> list[str]:
         """What in the database is not as it must be, each in words to act on; empty where all is.
@@ -74,7 +75,7 @@ class OutboxAdmin:
 
     def _differences(self, connection: Connection) -> list[str]:
         tables, size = self.database.tables, self._config.max_payload
-        return outbox_schema.differences(connection, tables, size)
+        return schema.differences(connection, tables, size)
 
     # -- looking ---------------------------------------------------------------------------------
 

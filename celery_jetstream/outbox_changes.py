@@ -65,7 +65,7 @@ class Change:
 
     def __init__(
         self,
-        database: Database,
+        database: Database[Tables],
         rows: Rows,
         lease_seconds: float,
         chosen: Filter,
@@ -192,7 +192,7 @@ def _free(connection: Connection, table: Any, ids: Sequence[int]) -> None:
         connection.execute(update(table).where(some).values(due_at=AT_ONCE))
 
 
-def free_waiting(database: Database) -> int:
+def free_waiting(database: Database[Tables]) -> int:
     """Lets rows go that wait for a failed event that is gone (somebody deleted it, say)."""
     tables = database.tables
     row, hold = tables.outbox.c, tables.holds.c

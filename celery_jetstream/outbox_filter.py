@@ -12,7 +12,8 @@ from sqlalchemy import ColumnElement, and_, case, or_, select
 from sqlalchemy import Row as DatabaseRow
 
 from . import subjects
-from .models import AT_ONCE, PARKED, STATUSES, Tables, db_now
+from .models import AT_ONCE, PARKED, STATUSES, Tables
+from .sqltypes import db_now
 
 __all__ = ("EVERY_ROW", "STATES", "Filter", "OutboxRow", "shown_columns", "state_of")
 

@@ -14,10 +14,10 @@ from sqlalchemy import Row, and_, func, literal_column, select
 
 from . import readers
 from .flusher import PER_ROW, PUBLISH_TIMEOUT, Flusher, message_of
-from .models import db_now
 from .outbox_changes import BATCH, Progress
 from .outbox_filter import Filter
 from .outcomes import Message, PublishResult, Verdict
+from .sqltypes import db_now
 
 __all__ = ("HEADER", "Moment", "Replay", "ReplayResult")
 

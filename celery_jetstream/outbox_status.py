@@ -8,7 +8,8 @@ from typing import Any
 from sqlalchemy import Connection, and_, func, literal_column, select
 
 from .breaker import EVERYTHING, Breaker
-from .models import AT_ONCE, PARKED, STATUSES, Tables, db_now
+from .models import AT_ONCE, PARKED, STATUSES, Tables
+from .sqltypes import db_now
 
 __all__ = ("breaker_state", "table_state")
 

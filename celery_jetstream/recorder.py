@@ -17,6 +17,7 @@ from sqlalchemy import Connection
 
 from .config import Config
 from .database import Database, again
+from .models import Tables
 from .outcomes import PublishResult, Verdict
 from .rows import Failure, Fate, Key, Rows, backoff
 
@@ -65,7 +66,7 @@ def next_step(
 class Recorder:
     """Writes results down: what is stored in one statement, the rest in one transaction."""
 
-    def __init__(self, config: Config, database: Database, rows: Rows) -> None:
+    def __init__(self, config: Config, database: Database[Tables], rows: Rows) -> None:
         self._config = config
         self._database = database
         self._rows = rows

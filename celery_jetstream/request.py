@@ -32,7 +32,7 @@ from celery.exceptions import TaskRevokedError, TimeLimitExceeded, WorkerLostErr
 from celery.worker import state as worker_state
 from celery.worker.request import Request
 
-from . import handlers
+from . import ends, handlers
 from .connection import Connection
 from .consumer import keep_in_progress
 from .delivery import Delivery
@@ -68,7 +68,7 @@ class JetStreamRequest(Request):
 
     def __init__(self, message: Any, **options: Any) -> None:
         super().__init__(message, **options)
-        header = self._request_dict.get(handlers.HEADER)
+        header = self._header
         self.delivery = handlers.read_header(header)
         if self.delivery is None:
             return
@@ -91,6 +91,10 @@ class JetStreamRequest(Request):
             newer = delivery.num_delivered > other.delivery.num_delivered
             return End.DUPLICATE if newer else End.EXPIRED
         return None
+
+    @property
+    def _header(self) -> Any:
+        return self._request_dict.get(handlers.HEADER)
 
     @property
     def _apply_result(self) -> Any:
@@ -129,14 +133,14 @@ class JetStreamRequest(Request):
             self.settled = self.settled or handed_back
         self.acknowledge()  # also what a child has and this process will not hear of any more
         if handed_back and self.delivery is not None:
-            handlers.settle(self.task, self.delivery, End.NOT_BEGUN)
+            ends.settle(self.task, self.delivery, End.NOT_BEGUN)
 
     def settle(self, end: End | BaseException) -> None:
         """Settles an end that only this process saw; the first one counts."""
         if self.delivery is None or self.settled:
             return
         self.settled = True
-        handlers.settle(self.task, self.delivery, end)
+        ends.settle_aside(self.task, self.delivery, end, self._header)
 
     # -- what Celery tells a request -------------------------------------------------------------
 
@@ -193,14 +197,14 @@ class JetStreamRequest(Request):
                 stopping = worker_state.should_stop is not None and isinstance(
                     error, (SystemExit, WorkerLostError)
                 )
-                self.settle(End.NOT_BEGUN if self._cut_off or stopping else error)
+                self.settle(End.CUT_OFF if self._cut_off or stopping else error)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         try:
             super().on_timeout(soft, timeout)
         finally:
             if not soft:
-                self.settle(End.NOT_BEGUN if self._cut_off else TimeLimitExceeded(timeout))
+                self.settle(End.CUT_OFF if self._cut_off else TimeLimitExceeded(timeout))
 
     @property
     def _cut_off(self) -> bool:
@@ -217,7 +221,7 @@ class JetStreamRequest(Request):
         try:
             super()._announce_cancelled(*args, **kwargs)
         finally:
-            self.settle(End.NOT_BEGUN)
+            self.settle(End.CUT_OFF)
 
 
 _said_expired = False

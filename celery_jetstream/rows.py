@@ -32,12 +32,10 @@ from sqlalchemy import (
     update,
 )
 
-from .models import AT_ONCE, PARKED, Tables, db_now
+from .models import AT_ONCE, PARKED, Tables
+from .sqltypes import db_now, kept
 
-__all__ = ("ERROR_CAP", "Failure", "Fate", "Hold", "Key", "Rows")
-
-#: Characters kept of an error, traceback and all.
-ERROR_CAP = 4000
+__all__ = ("Failure", "Fate", "Hold", "Key", "Rows")
 
 Key = tuple[int, str, str]  # bucket, subject, ordering_key
 
@@ -214,12 +212,12 @@ class Rows:
         )
         later = [fate for fate in fates if fate.status == "pending"]
         if later:
-            values = [{"row": f.id, "error": _kept(f.error), "until": f.until} for f in later]
+            values = [{"row": f.id, "error": kept(f.error), "until": f.until} for f in later]
             connection.execute(failed.values(due_at=bindparam("until")), values)
         if len(later) < len(fates):
             given_up = failed.values(status=bindparam("fate"), finished_at=db_now())
             values = [
-                {"row": f.id, "error": _kept(f.error), "fate": f.status}
+                {"row": f.id, "error": kept(f.error), "fate": f.status}
                 for f in fates
                 if f.status != "pending"
             ]
@@ -313,11 +311,6 @@ def _of_key(table: Any) -> ColumnElement[bool]:
 
 def _named(key: Key) -> dict[str, Any]:
     return dict(zip(("its_bucket", "its_subject", "its_key"), key, strict=True))
-
-
-def _kept(error: str) -> str:
-    """What is kept of an error: no more than there is room for, and nothing but text."""
-    return error[:ERROR_CAP].encode(errors="replace").decode().replace("\0", "")
 
 
 def _id(row: Row[Any]) -> int:

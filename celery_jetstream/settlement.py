@@ -23,9 +23,15 @@ class Ack:
 
 @dataclass(frozen=True)
 class Nak:
-    """The message is to come again after ``delay`` seconds."""
+    """The message is to come again after ``delay`` seconds.
+
+    Attributes:
+        delay: in seconds.
+        pause: the handler that a bridge dispatches no more to for a while; "" for none.
+    """
 
     delay: float = 0.0
+    pause: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,8 @@ Settlement = Ack | Nak | DeadLetter
 #: that has the message, begun or not, costs it a delivery, and five deploys without a worker must
 #: not make a dead letter of what never ran.
 HAND_BACKS = 10
+#: The same where an inbox counts the attempts: then the deliveries mean little.
+HAND_BACKS_WITH_INBOX = 100
 
 
 class End(enum.Enum):
@@ -55,6 +63,9 @@ class End(enum.Enum):
     UNKNOWN_TASK = "this worker does not know the task, or cannot read the copy"
     DUPLICATE = "a duplicate of one that is running"
     NOT_BEGUN = "the worker stops before the task began"
+    CUT_OFF = "the worker ended at once, and the task with it"
+    OUTAGE = "the inbox's database is away"
+    CONFLICT = "a transaction lost against another"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +79,8 @@ class Policy:
         ack_wait: the consumer's ``ack_wait``.
         unrecoverable: errors that trying again does not mend.
         outages: errors that say nothing about the event, only about what is around it.
+        handler: the task's name.
+        hand_backs: deliveries beyond the limit before a message is given up unrun.
     """
 
     limit: int | None = 5
@@ -77,6 +90,8 @@ class Policy:
         default=(TypeError, ValueError, NameError, AttributeError)
     )
     outages: tuple[type[BaseException], ...] = ()
+    handler: str = ""
+    hand_backs: int = HAND_BACKS
 
     def delay(self, attempt: int) -> float:
         """Seconds to wait after attempt number ``attempt`` (1 is the first)."""
@@ -91,9 +106,9 @@ class Policy:
 
         A message that takes its whole worker down each time is never settled by it, so there
         must be an end without its help. Deliveries that never became an attempt have
-        :data:`HAND_BACKS` of their own.
+        ``hand_backs`` of their own.
         """
-        return self.limit is not None and num_delivered > self.limit + HAND_BACKS
+        return self.limit is not None and num_delivered > self.limit + self.hand_backs
 
 
 def decide(
@@ -124,11 +139,11 @@ def decide(
     if isinstance(end, Settlement):
         return end
     if isinstance(end, End):
-        return _of_end(end, policy, attempt)
+        return _of_end(end, policy, attempt, jitter)
     return _of_error(end, policy, attempt, exhausted, jitter, now)
 
 
-def _of_end(end: End, policy: Policy, attempt: int) -> Settlement | None:
+def _of_end(end: End, policy: Policy, attempt: int, jitter: float) -> Settlement | None:
     match end:
         case End.RETURNED:
             return Ack()
@@ -138,8 +153,12 @@ def _of_end(end: End, policy: Policy, attempt: int) -> Settlement | None:
             return Nak(policy.delay(attempt))
         case End.DUPLICATE:
             return Nak(policy.ack_wait)
-        case End.NOT_BEGUN:
+        case End.NOT_BEGUN | End.CUT_OFF:
             return Nak(0.0)
+        case End.CONFLICT:
+            return Nak(_jittered(policy, attempt, jitter))
+        case End.OUTAGE:
+            return Nak(_jittered(policy, attempt, jitter), pause=policy.handler)
         case End.EXPIRED:
             return None
 
@@ -163,7 +182,7 @@ def _of_error(
     if isinstance(error, Terminated):
         return DeadLetter("revoked")
     if isinstance(error, policy.outages):
-        return Nak(policy.delay(attempt) * (0.5 + jitter / 2))
+        return Nak(_jittered(policy, attempt, jitter))
     if exhausted:
         return _dead("max_deliveries_exceeded", error)
     if isinstance(error, policy.unrecoverable) and not isinstance(error, OSError):
@@ -171,6 +190,10 @@ def _of_error(
     if policy.left(attempt):
         return Nak(policy.delay(attempt))
     return _dead("max_deliveries_exceeded", error)
+
+
+def _jittered(policy: Policy, attempt: int, jitter: float) -> float:
+    return policy.delay(attempt) * (0.5 + jitter / 2)
 
 
 def _dead(reason: str, error: BaseException) -> DeadLetter:

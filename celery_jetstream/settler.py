@@ -57,7 +57,7 @@ class Settler:
         if isinstance(settlement, Ack):
             self._acks.ack(delivery.reply)
         elif isinstance(settlement, Nak):
-            self._acks.nak(delivery.reply, settlement.delay)
+            self._acks.nak(delivery.reply, settlement.delay, settlement.pause)
         else:
             self._bury_soon(delivery, settlement, original)
 

@@ -100,3 +100,23 @@ class ConsumerSpec:
 
 def _nanoseconds(seconds: float) -> int:
     return round(seconds * NANOSECONDS)
+
+
+def retention_warnings(
+    retention: float, max_age: float | None, duplicate_window: float | None
+) -> list[str]:
+    """Say what is wrong with ``jetstream_inbox_retention``.
+
+    Args:
+        retention: its seconds.
+        max_age: seconds that the stream keeps messages, dead letters too; None or 0 where that is
+            not known, or for ever.
+        duplicate_window: seconds for which the server drops a known id.
+    """
+    limits = (("max_age", max_age), ("duplicate window", duplicate_window))
+    return [
+        f"jetstream_inbox_retention={retention:g} is less than the stream's {name} of {limit:g} s: "
+        "what comes again after that is handled again"
+        for name, limit in limits
+        if limit and retention < limit
+    ]

@@ -11,9 +11,14 @@ from typing import Any
 
 from celery import current_app, shared_task
 
-from .exceptions import ConfigurationError, NotConnectedError, OutboxUnavailableError
+from .exceptions import (
+    ConfigurationError,
+    DatabaseUnavailableError,
+    NotConnectedError,
+    OutboxUnavailableError,
+)
 
-__all__ = ("flush_outbox", "prune_outbox", "publish_event", "publish_on")
+__all__ = ("flush_outbox", "prune_inbox", "prune_outbox", "publish_event", "publish_on")
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +93,20 @@ def prune_outbox(self: Any, max_seconds: float = 60.0) -> dict[str, Any]:
         return {"deleted": self.app.jetstream.outbox.prune(max_seconds=max_seconds)}
     except OutboxUnavailableError as error:
         logger.warning("the outbox was not pruned: %s", error)
+        return {"outage": str(error)}
+
+
+@shared_task(bind=True, name="celery_jetstream.prune_inbox", ignore_result=True, acks_late=False)
+def prune_inbox(self: Any, max_seconds: float = 60.0) -> dict[str, Any]:
+    """Deletes rows of the inbox older than ``jetstream_inbox_retention``, in small steps.
+
+    Returns:
+        ``{"deleted": …}``.
+    """
+    try:
+        return {"deleted": self.app.jetstream.inbox.prune(max_seconds=max_seconds)}
+    except DatabaseUnavailableError as error:
+        logger.warning("the inbox was not pruned: %s", error)
         return {"outage": str(error)}
 
 

@@ -15,9 +15,10 @@ from sqlalchemy import Connection, event, select, text, update
 
 from celery_jetstream import JetStream
 from celery_jetstream.flusher import Flusher, FlushResult
-from celery_jetstream.models import bucket_of, db_now
+from celery_jetstream.models import bucket_of
 from celery_jetstream.outbox import Outbox
-from celery_jetstream.outbox_schema import create_tables
+from celery_jetstream.schema import create_tables
+from celery_jetstream.sqltypes import db_now
 from tests.conftest import Names
 from tests.databases import Database
 

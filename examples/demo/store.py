@@ -8,7 +8,7 @@ from sqlalchemy import Engine, create_engine, func, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from celery_jetstream.models import OutboxEvent
-from celery_jetstream.outbox_schema import create_outbox
+from celery_jetstream.schema import create_outbox
 
 
 class Base(DeclarativeBase):

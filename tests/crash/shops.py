@@ -21,7 +21,7 @@ from nats.js.api import ConsumerConfig
 from sqlalchemy import delete, func, select
 
 from celery_jetstream import JetStream
-from celery_jetstream.models import db_now
+from celery_jetstream.sqltypes import db_now
 from tests.conftest import Names
 from tests.crash.faults import until
 from tests.databases import Database

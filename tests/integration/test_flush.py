@@ -17,8 +17,9 @@ import pytest
 from sqlalchemy import event, func, select
 
 from celery_jetstream import recorder, signals
-from celery_jetstream.models import PARKED, bucket_of, db_now
+from celery_jetstream.models import PARKED, bucket_of
 from celery_jetstream.outbox_filter import Filter
+from celery_jetstream.sqltypes import db_now
 from tests.conftest import Names
 from tests.databases import Database
 from tests.flushing import Flushing, Responder, Threads, in_order, statements

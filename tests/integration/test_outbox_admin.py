@@ -19,9 +19,10 @@ from sqlalchemy.pool import NullPool
 
 from celery_jetstream import models
 from celery_jetstream.exceptions import ConfigurationError, OutboxUnavailableError, SubjectError
-from celery_jetstream.models import AT_ONCE, PARKED, db_now
+from celery_jetstream.models import AT_ONCE, PARKED
 from celery_jetstream.outbox_filter import Filter
-from celery_jetstream.outbox_schema import create_outbox, drop_outbox
+from celery_jetstream.schema import create_outbox, drop_outbox
+from celery_jetstream.sqltypes import db_now
 from celery_jetstream.testing import NatsServer
 from tests.conftest import Names
 from tests.databases import Database

@@ -14,8 +14,9 @@ from click.testing import CliRunner, Result
 from celery_jetstream.cli import jetstream
 from celery_jetstream.exceptions import ConfigurationError, OutboxUnavailableError
 from celery_jetstream.flusher import FlushResult
-from celery_jetstream.models import AT_ONCE, PARKED, db_now
+from celery_jetstream.models import AT_ONCE, PARKED
 from celery_jetstream.relay import Relay
+from celery_jetstream.sqltypes import db_now
 from celery_jetstream.testing import NatsServer, wait_until
 from tests.conftest import Names
 from tests.databases import Database

@@ -23,7 +23,7 @@ from celery_jetstream.exceptions import (
 )
 from celery_jetstream.models import AT_ONCE, BUCKETS, PARKED, OutboxMixin, bucket_of
 from celery_jetstream.outbox import KEY_LENGTH, Outbox
-from celery_jetstream.outbox_schema import create_outbox
+from celery_jetstream.schema import create_outbox
 from tests.flushing import statements
 
 NAMES = {"jetstream_app_name": "api", "jetstream_destination_app": "worker"}
@@ -422,7 +422,7 @@ def test_without_sqlalchemy_the_outbox_says_what_to_install() -> None:
 def test_greenlet_is_for_those_who_use_asyncio() -> None:
     after = (
         "from sqlalchemy import create_engine\n"
-        "from celery_jetstream.outbox_schema import create_outbox\n"
+        "from celery_jetstream.schema import create_outbox\n"
         "with create_engine('sqlite://').begin() as connection:\n"
         "    create_outbox(connection)\n"
         "    print(jetstream.outbox.add(connection, event_type='a.b', payload={}, event_id='x'))\n"

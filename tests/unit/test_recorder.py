@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from celery_jetstream.config import Config
 from celery_jetstream.outcomes import Verdict
 from celery_jetstream.recorder import NO_STREAM_PAUSE, next_step
-from celery_jetstream.rows import ERROR_CAP, Failure, _kept, backoff
+from celery_jetstream.rows import Failure, backoff
+from celery_jetstream.sqltypes import ERROR_CAP, kept
 
 NOW = datetime(2030, 1, 1, tzinfo=timezone.utc)
 CONFIG = Config(
@@ -93,11 +94,11 @@ def test_a_row_is_given_up_or_tried_again_and_nothing_else(
 
 @given(error=st.text(st.characters(exclude_categories=[])))
 def test_what_is_kept_of_an_error_is_text_for_every_database(error: str) -> None:
-    kept = _kept(error * 3)
-    assert "\0" not in kept
-    assert len(kept) <= ERROR_CAP
-    kept.encode()
+    text = kept(error * 3)
+    assert "\0" not in text
+    assert len(text) <= ERROR_CAP
+    text.encode()
 
 
 def test_what_is_kept_of_an_error_is_capped() -> None:
-    assert _kept("x" * 10_000) == "x" * ERROR_CAP
+    assert kept("x" * 10_000) == "x" * ERROR_CAP

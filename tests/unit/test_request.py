@@ -39,6 +39,7 @@ class Bench:
                 ack_wait=30.0,
                 unrecoverable_errors=(),
                 outage_errors=(),
+                use_inbox=False,
             ),
         )
         app.finalize()

@@ -1,9 +1,10 @@
-"""The outbox's tables in a database: made, written as SQL, and compared with what is needed.
+"""Outbox and inbox in a database: made, written as SQL, and compared with what is needed.
 
-:func:`create_outbox` and :func:`drop_outbox` are for Alembic's revisions::
+``create_…`` and ``drop_…`` are for Alembic's revisions::
 
     def upgrade() -> None:
         create_outbox(op.get_bind())
+        create_inbox(op.get_bind())
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import random
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from sqlalchemy import (
@@ -34,13 +35,22 @@ from sqlalchemy import (
 from sqlalchemy.engine import Dialect
 from sqlalchemy.schema import CreateColumn, CreateIndex, CreateTable
 
-from .database import TRIES, Database, is_conflict, translated
+from .database import TRIES, Database, is_conflict
 from .exceptions import ConfigurationError
-from .models import AT_ONCE, BUCKETS, OutboxEvent, Tables, UtcDateTime
+from .models import AT_ONCE, BUCKETS, InboxMessage, OutboxEvent, Tables
+from .sqltypes import UtcDateTime
 
-__all__ = ("create_outbox", "create_tables", "ddl", "differences", "drop_outbox")
+__all__ = (
+    "create_inbox",
+    "create_outbox",
+    "create_tables",
+    "ddl",
+    "differences",
+    "drop_inbox",
+    "drop_outbox",
+)
 
-HOW = "run 'celery -A … jetstream outbox init', or your migrations"
+HOW = "run 'celery -A … jetstream outbox init' (or 'inbox init'), or your migrations"
 #: Bytes that go into a type of MySQL's without a length of its own.
 _ROOM = {
     **dict.fromkeys(("TINYTEXT", "TINYBLOB"), 2**8 - 1),
@@ -61,12 +71,17 @@ def create_outbox(bind: Connection, model: type[Any] = OutboxEvent) -> None:
         bind: in a revision ``op.get_bind()``; never commits.
         model: yours, or ``outbox_model("name", "schema")``; the default one's else.
     """
-    if not isinstance(bind, Connection):
-        raise TypeError(
-            f"a connection is needed, not {bind!r}; without one (alembic upgrade --sql) take the "
-            "SQL of 'celery -A … jetstream outbox init --sql'"
-        )
-    _create(bind, Tables.of(model.__table__))
+    _create(_connection(bind, "outbox"), Tables.of(model.__table__))
+
+
+def create_inbox(bind: Connection, model: type[Any] = InboxMessage) -> None:
+    """Creates what an inbox lacks of its table and index.
+
+    Args:
+        bind: in a revision ``op.get_bind()``; never commits.
+        model: yours, or ``inbox_model("name", "schema")``; the default one's else.
+    """
+    _create(_connection(bind, "inbox"), (model.__table__,))
 
 
 def drop_outbox(bind: Connection, model: type[Any] = OutboxEvent) -> None:
@@ -75,48 +90,65 @@ def drop_outbox(bind: Connection, model: type[Any] = OutboxEvent) -> None:
         table.drop(bind, checkfirst=True)
 
 
-def create_tables(database: Database) -> None:
+def drop_inbox(bind: Connection, model: type[Any] = InboxMessage) -> None:
+    """Drops an inbox's table: what comes again then is handled again; for ``downgrade()``."""
+    model.__table__.drop(bind, checkfirst=True)
+
+
+def _connection(bind: Any, name: str) -> Connection:
+    if isinstance(bind, Connection):
+        return bind
+    raise TypeError(
+        f"a connection is needed, not {bind!r}; without one (alembic upgrade --sql) take the "
+        f"SQL of 'celery -A … jetstream {name} init --sql'"
+    )
+
+
+def create_tables(database: Database[Any]) -> None:
     """Creates what is missing, however many do so at once.
 
     Raises:
         ConfigurationError: there is no such schema, or this user may not create tables.
-        OutboxUnavailableError: the database is away.
+        DatabaseUnavailableError: the database is away.
     """
-    with translated(database.engine):
+    engine = database.engine
+    with database.translated(engine):
         for attempt in range(TRIES):
             try:
-                with database.engine.begin() as connection:
-                    _need_schema(connection, database.tables.outbox.schema)
+                with engine.begin() as connection:
+                    _need_schema(connection, database)
                     _create(connection, database.tables)
                 return
             except exc.DBAPIError as error:
                 if _is_forbidden(error):
                     raise ConfigurationError(
                         f"the database's user may not create the tables ({error.orig}); have it "
-                        "done with the SQL of 'celery -A … jetstream outbox init --sql'"
+                        f"done with the SQL of 'celery -A … jetstream {database.name} init --sql'"
                     ) from error
                 if not _is_race(error) or attempt == TRIES - 1:
                     raise
             time.sleep(random.uniform(0, 0.05 * 2**attempt))
 
 
-def _create(connection: Connection, tables: Tables) -> None:
+def _create(connection: Connection, tables: Iterable[Table]) -> None:
     for table in tables:
         table.create(connection, checkfirst=True)
         for index in sorted(table.indexes, key=_name):  # of a table that was there already
             index.create(connection, checkfirst=True)
-    present = set(connection.scalars(select(tables.buckets.c.bucket)))
-    missing = [row for row in _bucket_rows() if row["bucket"] not in present]
-    if missing:
-        connection.execute(insert(tables.buckets), missing)
+    if isinstance(tables, Tables):
+        present = set(connection.scalars(select(tables.buckets.c.bucket)))
+        missing = [row for row in _bucket_rows() if row["bucket"] not in present]
+        if missing:
+            connection.execute(insert(tables.buckets), missing)
 
 
-def _need_schema(connection: Connection, schema: str | None) -> None:
+def _need_schema(connection: Connection, database: Database[Any]) -> None:
+    schema, setting = next(iter(database.tables)).schema, f"jetstream_{database.name}_schema"
     if schema is not None and schema not in inspect(connection).get_schema_names():
         raise ConfigurationError(
-            f"jetstream_outbox_schema={schema!r} is not in the database; an administrator makes "
+            f"{setting}={schema!r} is not in the database; an administrator makes "
             f"it: CREATE SCHEMA {schema}",
-            setting="jetstream_outbox_schema",
+            setting=setting,
         )
 
 
@@ -135,28 +167,29 @@ def _bucket_rows() -> list[dict[str, Any]]:
     return [{"bucket": bucket, "owner": "", "until": AT_ONCE} for bucket in range(BUCKETS)]
 
 
-def ddl(dialect: Dialect, tables: Tables) -> str:
+def ddl(dialect: Dialect, tables: Iterable[Table]) -> str:
     """The SQL that makes the tables in an empty database."""
     statements: list[Any] = []
     for table in tables:
         statements.append(CreateTable(table))
         statements += map(CreateIndex, sorted(table.indexes, key=_name))
     compiled = [str(statement.compile(dialect=dialect)).strip() for statement in statements]
-    rows = insert(tables.buckets).values(_bucket_rows())
-    compiled.append(str(rows.compile(dialect=dialect, compile_kwargs={"literal_binds": True})))
+    if isinstance(tables, Tables):
+        rows = insert(tables.buckets).values(_bucket_rows())
+        compiled.append(str(rows.compile(dialect=dialect, compile_kwargs={"literal_binds": True})))
     return "".join(f"{statement};\n\n" for statement in compiled).rstrip() + "\n"
 
 
 # -- compared --------------------------------------------------------------------------------------
 
 
-def differences(connection: Connection, tables: Tables, body_size: int) -> list[str]:
+def differences(connection: Connection, tables: Iterable[Table], body_size: int = 0) -> list[str]:
     """What in the database is not as it must be, each in words to act on; empty where all is.
 
     Args:
         connection: to the database.
         tables: what is needed.
-        body_size: bytes that a body must be able to have.
+        body_size: bytes that an outbox's body must be able to have.
     """
     inspector = inspect(connection)
     return [
