@@ -98,7 +98,9 @@ def jetstream_handler(*event_types: str, **options: Any) -> Callable[[F], Any]:
     )
 
     def decorate(function: F) -> Any:
-        return _shared(function, options)
+        with_session = SESSION in inspect.signature(function).parameters
+        # Celery would miss it in .delay(envelope)
+        return _shared(function, {"typing": False, **options} if with_session else options)
 
     return decorate
 
@@ -382,7 +384,7 @@ class Handlers:
 
     def _check_inbox(self, task: JetStreamTask) -> None:
         if not task.has_inbox:
-            if task.wants_session and not task.abstract:
+            if task.wants_session:
                 raise ConfigurationError(
                     f"the handler {task.name} takes a session, which the inbox gives: add "
                     "inbox=True, or set jetstream_use_inbox",
