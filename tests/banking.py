@@ -8,8 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from celery import Celery
 from sqlalchemy import Engine, create_engine, text
 
+from celery_jetstream import JetStream
 from celery_jetstream.config import Config
 from celery_jetstream.database import Engines
 from celery_jetstream.inbox import Inbox
@@ -82,6 +84,39 @@ class Bank(Stack):
     def runs(self, event_id: str, what: str = "begun") -> list[dict[str, Any]]:
         return [line for line in self.ledger(what) if line["event_id"] == event_id]
 
+    def publish_many(self, events: list[tuple[str, dict[str, Any]]]) -> list[str]:
+        """Events of several types, pipelined; returns their event_ids."""
+        results = self.hub.publish_batch(
+            [{"event_type": kind, "payload": payload} for kind, payload in events], timeout=60
+        )
+        assert all(results), [result.error for result in results if not result][:3]
+        return [result.event_id for result in results]
+
+    @property
+    def processes(self) -> list[CeleryProcess]:
+        return list(self._processes)
+
+    def hub_with_outbox(self) -> JetStream:
+        """Another process's hub, as it were; to be closed."""
+        app = Celery("hub", broker="memory://", set_as_current=False)
+        given = self.hub.config
+        app.conf.update(
+            jetstream_nats_urls=given.nats_urls,
+            jetstream_stream_name=given.stream_name,
+            jetstream_app_name=given.app_name,
+            jetstream_destination_app=given.destination_app,
+            jetstream_database_url=f"sqlite:///{self.directory}/hub.sqlite",
+        )
+        hub = JetStream(app)
+        hub.outbox.create_tables()
+        hub.connect()
+        return hub
+
+    def stored(self) -> int:
+        """How many messages the stream has ever stored."""
+        count: int = self.api(f"STREAM.INFO.{self.names.stream_name}")["state"]["last_seq"]
+        return count
+
     def publish_again(self, event_id: str, event_type: str, **payload: Any) -> None:
         """Another message with the same event: its ``Nats-Msg-Id`` is not the event's."""
         subject = f"{self.names.destination_app}.sync.{self.names.app_name}"
@@ -104,6 +139,11 @@ class Bank(Stack):
             raise AssertionError(f"{error}; {missing} missing\n{self.logs()}") from None
         self.wait_settled(timeout)
 
+    def refused(self) -> int:
+        """Hand-overs of an event that was done, or being done, by the workers' logs."""
+        said = ("was handled by", "is being handled by")
+        return sum(process.text().count(words) for process in self._processes for words in said)
+
     def exactly_once(self, event_ids: list[str], fault: str) -> None:
         """Every effect once, every row tells the truth, nothing dead, nothing left."""
         self.wait_effects(event_ids, 90)
@@ -116,4 +156,7 @@ class Bank(Stack):
         assert self.dead_count() == 0, f"{fault}: {self.dead_letters()[:3]}"
         runs = Counter(line["event_id"] for line in self.ledger("begun"))
         again = sum(count - 1 for count in runs.values())
-        print(f"{fault}: {len(event_ids)} events, each once; {again} runs more than that")
+        print(
+            f"{fault}: {len(event_ids)} events, each once; {again} runs more than that, "
+            f"{self.refused()} refused"
+        )
