@@ -43,6 +43,7 @@ class Leases:
         """Keeps one run's lease for as long as the block runs."""
         with self._changed:
             self._running.add(owner)
+            self._closed = False
             if self._thread is None:
                 self._thread = threading.Thread(
                     target=self._run, name="celery-jetstream-inbox", daemon=True
@@ -69,7 +70,7 @@ class Leases:
                 self._changed.wait(self._interval)
                 owners = set(self._running)
                 if self._closed or not owners:
-                    self._thread, self._closed = None, False
+                    self._thread = None
                     return
             try:
                 self._renew(owners)

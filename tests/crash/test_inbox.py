@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import text
@@ -52,12 +53,15 @@ def make_bank(
 ) -> Iterator[MakeBank]:
     made: list[Bank] = []
 
-    def make(nats: NatsServer = nats_server, postgres: PostgresServer | None = None) -> Bank:
+    def make(
+        nats: NatsServer = nats_server, postgres: PostgresServer | None = None, **settings: Any
+    ) -> Bank:
         user = f"bank_{os.getpid()}_{names.app_name.replace('-', '_')}"
         server = postgres or postgres_server
         server.create_user(user)
         url = server.url("postgres", user)
-        bank = Bank(tmp_path, nats.url, redis_server.url, names, url, **faults.SETTINGS)
+        settings = {**faults.SETTINGS, **settings}
+        bank = Bank(tmp_path, nats.url, redis_server.url, names, url, **settings)
         made.append(bank)
         return bank
 
@@ -243,6 +247,41 @@ def test_the_database_is_away_for_ten_times_the_retry_span(
     assert bridge.text().count("pauses: its database is away") == 1
     assert bridge.text().count("its database answers again") == 1
     assert {row.attempts for row in bank.inbox.find(limit=1000)} == {0}
+
+
+def test_deploys_cost_no_attempt(make_bank: MakeBank) -> None:
+    """One attempt is allowed, and four workers come and go with all that they hold."""
+    bank = make_bank(jetstream_max_deliver=1)
+    bank.bridge()
+    events = bank.publish("paid.slow", 24, seconds=0.5)
+    for _ in range(3):
+        worker = start_worker(bank)
+        begun = len(bank.ledger("begun"))
+        bank.wait_ledger(lambda b=begun: len(bank.ledger("begun")) >= b + 3, 60, "some to run")
+        assert worker.stop(60) == 0
+    start_worker(bank)
+    bank.exactly_once(events, "four workers, one attempt")
+    rows = bank.inbox.find(limit=100)
+    assert {row.attempts for row in rows} == {0}
+    assert max(row.deliveries for row in rows) > 1, "nothing was handed back"
+
+
+def test_a_cold_shutdown_lets_another_begin_at_once(make_bank: MakeBank) -> None:
+    """Its row is given back, so that the lease of a minute is not waited for."""
+    bank = make_bank()
+    (worker,) = start(bank)
+    (around,) = bank.publish("noted.slow", seconds=2)
+    (within,) = bank.publish("paid.slow", seconds=2)
+    bank.wait_ledger(lambda: bool(bank.runs(around) and bank.runs(within)), 60, "both to run")
+    worker.send(signal.SIGQUIT)
+    worker.wait(60)
+    assert not bank.effects()
+    start_worker(bank)
+    began = time.monotonic()
+    bank.exactly_once([around, within], "SIGQUIT of a worker")
+    assert time.monotonic() - began < 30
+    assert len(bank.runs(around)) == len(bank.runs(within)) == 2
+    assert {row.attempts for row in bank.inbox.find()} == {0}
 
 
 def test_a_long_handler_with_a_duplicate_every_second(make_bank: MakeBank) -> None:

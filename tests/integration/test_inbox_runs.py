@@ -13,6 +13,7 @@ from sqlalchemy import text
 from celery_jetstream.testing import NatsServer, wait_until
 from tests.banking import Bank
 from tests.conftest import Names
+from tests.databases import Database
 from tests.servers import PostgresServer, RedisServer
 
 SETTINGS: dict[str, Any] = {
@@ -187,6 +188,58 @@ def test_a_handler_without_an_inbox_has_no_row(bank: Bank) -> None:
     (event_id,) = bank.publish("plain.one")
     bank.wait_ledger(lambda: bool(bank.runs(event_id, "handled")), 30, "plain")
     assert bank.inbox.get(event_id) == []
+
+
+def test_a_bridge_warns_where_the_inbox_forgets_too_early(
+    tmp_path: Path,
+    nats_server: NatsServer,
+    redis_server: RedisServer,
+    postgresql: Database,
+    names: Names,
+) -> None:
+    bank = Bank(
+        tmp_path,
+        nats_server.url,
+        redis_server.url,
+        names,
+        postgresql.url,
+        jetstream_inbox_retention="1m",
+    )
+    try:
+        bridge = bank.bridge()
+        assert (
+            "jetstream_inbox_retention=60 is less than the stream's duplicate window of 120 s"
+            in (bridge.text())
+        )
+    finally:
+        bank.close()
+
+
+@pytest.mark.parametrize(("pool", "concurrency"), [("threads", 4), ("gevent", 10), ("solo", 1)])
+def test_in_every_pool(
+    tmp_path: Path,
+    nats_server: NatsServer,
+    redis_server: RedisServer,
+    postgresql: Database,
+    names: Names,
+    pool: str,
+    concurrency: int,
+) -> None:
+    """Each event comes twice, some fail once, and each effect is there once."""
+    bank = Bank(tmp_path, nats_server.url, redis_server.url, names, postgresql.url, **SETTINGS)
+    try:
+        bank.bridge()
+        bank.worker(pool=pool, concurrency=concurrency)
+        ids = [f"e{number}" for number in range(60)]
+        for number, event_id in enumerate(ids):
+            kind = ("paid.pool", "noted.pool")[number % 2]
+            for _ in range(2):
+                bank.publish_again(event_id, kind, id=number, fail=number % 10 == 0, seconds=0.01)
+        bank.exactly_once(ids, f"{pool}: each event twice")
+        failed = [row for row in bank.inbox.find(limit=100) if row.attempts]
+        assert len(failed) == 6
+    finally:
+        bank.close()
 
 
 def test_a_duplicate_while_it_runs_comes_again_and_does_not_wait(bank: Bank) -> None:

@@ -22,7 +22,13 @@ from hypothesis import strategies as st
 
 from celery_jetstream.settlement import HAND_BACKS, Ack, DeadLetter, End, Nak, Policy, decide
 
-POLICY = Policy(limit=5, backoff=(1.0, 5.0, 15.0), ack_wait=30.0, outages=(ConnectionError,))
+POLICY = Policy(
+    limit=5,
+    backoff=(1.0, 5.0, 15.0),
+    ack_wait=30.0,
+    outages=(ConnectionError,),
+    handler="shop.pay",
+)
 NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
 GONE = ConnectionResetError("away")
 
@@ -58,6 +64,9 @@ def reason(settlement: Any) -> str:
         (End.UNKNOWN_TASK, 99, Nak(15.0)),
         (End.DUPLICATE, 99, Nak(30.0)),
         (End.NOT_BEGUN, 99, Nak(0.0)),
+        (End.CUT_OFF, 99, Nak(0.0)),
+        (End.CONFLICT, 99, Nak(15.0)),
+        (End.OUTAGE, 99, Nak(15.0, pause="shop.pay")),
         (End.EXPIRED, 99, None),
         (Nak(3.5), 99, Nak(3.5)),
     ],
@@ -132,3 +141,6 @@ def test_given_up_unrun_only_beyond_the_hand_backs() -> None:
     assert not policy.spent(5 + HAND_BACKS)
     assert policy.spent(6 + HAND_BACKS)
     assert not Policy(limit=None).spent(10**6)
+    with_inbox = Policy(limit=5, hand_backs=100)
+    assert not with_inbox.spent(105)
+    assert with_inbox.spent(106)
