@@ -10,6 +10,7 @@ attempt it was. What the row calls done is done, whatever came after.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import time
@@ -132,18 +133,23 @@ def _recorded(
     inbox: Inbox, entry: Entry, end: Ended, attempt: int, patience: float
 ) -> tuple[Ended, int]:
     """What the end amounts to by what the inbox has, and which attempt it was."""
+    delivered = entry.delivery.num_delivered
     try:
         if isinstance(end, BaseException) and inbox.is_outage(end):
-            lost = inbox.is_lost_conflict(end)
-            return (End.CONFLICT if lost else End.OUTAGE), entry.delivery.num_delivered
-        if end is End.CUT_OFF:
-            inbox.release(entry)
+            end = End.CONFLICT if inbox.is_lost_conflict(end) else End.OUTAGE
+        if end in (End.CONFLICT, End.OUTAGE, End.CUT_OFF):
+            with contextlib.suppress(InboxUnavailableError):
+                inbox.release(entry)
+            return end, delivered
         if not _is_failure(end):
             return end, attempt
         answer = inbox.fail(entry, _text(end), patience)
     except InboxUnavailableError as error:
         logger.error("how %s ended could not be recorded: %s", entry.delivery.task_id, error)
-        return End.OUTAGE, entry.delivery.num_delivered
+        return End.OUTAGE, delivered
+    except Exception:  # whatever it is, the message must be settled, and not for ever tried
+        logger.exception("how %s ended could not be recorded", entry.delivery.task_id)
+        return end, max(attempt, delivered)
     if isinstance(end, Settlement):
         return end, attempt
     if answer.verdict is answer.verdict.BUSY:

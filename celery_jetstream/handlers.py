@@ -169,9 +169,6 @@ class JetStreamTask(Task):
         for middleware in reversed(jetstream.middleware if jetstream else ()):
             call = partial(_through, middleware, call)
         result = call(event)
-        retry = getattr(self.request, "jetstream_retry", None)
-        if retry is not None:  # self.retry(throw=False)
-            raise retry
         if isinstance(result, (Ack, Nak, DeadLetter)) and delivery_of(self.request):
             self.request.jetstream_settlement = result
             return SETTLED
@@ -181,8 +178,15 @@ class JetStreamTask(Task):
         call = super().__call__  # the app's task_cls, or base=, may have one (Flask's does)
         if getattr(call, "__func__", None) is Task.__call__:
             call = self.run
-        handle = partial(call, event, *args, **kwargs)
+        handle = partial(self._handle, call, event, *args, **kwargs)
         return self._by_inbox(handle, SESSION in kwargs) if self.has_inbox else handle()
+
+    def _handle(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = call(*args, **kwargs)
+        retry = getattr(self.request, "jetstream_retry", None)
+        if retry is not None:  # self.retry(throw=False)
+            raise retry
+        return result
 
     def _by_inbox(self, handle: Callable[..., Any], has_session: bool) -> Any:
         """Runs the handler where the inbox has it still to be done; else a settlement."""
@@ -204,6 +208,12 @@ class JetStreamTask(Task):
     def wants_session(self) -> bool:
         """Whether it is to run in the transaction of its inbox row."""
         return SESSION in inspect.signature(self.run).parameters
+
+    @property
+    def needs_session(self) -> bool:
+        """Whether it cannot run without."""
+        session = inspect.signature(self.run).parameters.get(SESSION)
+        return session is not None and session.default is session.empty
 
     @property
     def has_inbox(self) -> bool:
@@ -384,7 +394,7 @@ class Handlers:
 
     def _check_inbox(self, task: JetStreamTask) -> None:
         if not task.has_inbox:
-            if task.wants_session:
+            if task.needs_session:
                 raise ConfigurationError(
                     f"the handler {task.name} takes a session, which the inbox gives: add "
                     "inbox=True, or set jetstream_use_inbox",

@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import TypeVar
 
-from sqlalchemy import Connection, event, exc
+from celery.exceptions import Ignore
+from sqlalchemy import Connection, Engine, event, exc
+from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.orm import Session
 
 from .config import Config
@@ -40,6 +42,8 @@ T = TypeVar("T")
 MARK_TIMEOUT = 10.0
 #: In ``session.info``: the session's transaction has an inbox row in it.
 _GUARDED = "celery_jetstream.inbox"
+#: In ``connection.info``: a statement failed since the run began.
+_FAILED = "celery_jetstream.failed"
 
 
 class Inbox(InboxAdmin):
@@ -99,9 +103,15 @@ class Inbox(InboxAdmin):
             if answer.verdict is not Verdict.OURS:
                 return self._refused(entry, answer)
             begun(answer.attempts)
-            result = _guarded(session, call)
+            connection.info.pop(_FAILED, None)
+            try:
+                result = _guarded(session, call)
+            except Ignore:
+                session.rollback()
+                self._pass_over(entry)
+                raise
             if not isinstance(result, (Nak, DeadLetter)):
-                self._commit(session)
+                self._commit(session, connection, entry)
             return result
 
     def run_around(
@@ -118,7 +128,11 @@ class Inbox(InboxAdmin):
             return self._refused(entry, answer)
         begun(answer.attempts)
         with self._leases.held(entry.owner):
-            result = call()
+            try:
+                result = call()
+            except Ignore:
+                self._mark(entry)
+                raise
             if not isinstance(result, (Nak, DeadLetter)):
                 self._mark(entry)
         return result
@@ -202,8 +216,18 @@ class Inbox(InboxAdmin):
         logger.info("event %s is being handled by %s elsewhere", entry.event_id, entry.handler)
         return Nak(self._config.ack_wait)
 
-    def _commit(self, session: Session) -> None:
+    def _pass_over(self, entry: Entry) -> None:
+        """What a handler ignores is done with, though nothing of it is kept."""
+        with self._able_to_begin(None), self.database.statements() as connection:
+            self.rows.begin(connection, entry, within=True)
+
+    def _commit(self, session: Session, connection: Connection, entry: Entry) -> None:
         try:
+            if connection.info.pop(_FAILED, False) and not self.rows.has(connection, entry):
+                raise InboxError(
+                    "the database rolled the transaction back (a deadlock, say) and the handler "
+                    "went on as if it had not; let the error through, or use a savepoint"
+                )
             session.commit()
         except exc.SQLAlchemyError as error:
             if is_away(error) or is_conflict(error):
@@ -250,4 +274,15 @@ def _refuse_commit(session: Session) -> None:
         )
 
 
+def _note_failure(context: ExceptionContext) -> None:
+    """A handler may catch it, and not know that its transaction is gone.
+
+    PostgreSQL then answers a COMMIT with a rollback, which its drivers take for a commit; after a
+    deadlock, what follows is a transaction of its own on MariaDB.
+    """
+    if context.connection is not None and not context.connection.closed:
+        context.connection.info[_FAILED] = True
+
+
 event.listen(Session, "before_commit", _refuse_commit)
+event.listen(Engine, "handle_error", _note_failure)

@@ -130,6 +130,11 @@ class InboxRows:
             _named(entry),
         )
 
+    def has(self, connection: Connection, entry: Entry) -> bool:
+        """Whether the run still has its row, in its own transaction."""
+        row = connection.execute(self._found, _named(entry)).first()
+        return row is not None and row.owner == entry.owner
+
     def release(self, connection: Connection, entry: Entry) -> None:
         """The run was cut off through no fault of its own: another may begin at once."""
         columns = self.table.c

@@ -94,6 +94,14 @@ def retried(self: Any, event: Event, session: Session) -> None:
     note(event, "handled")
 
 
+@jetstream_handler("quiet.*", inbox=True, bind=True)
+def quiet(self: Any, event: Event, session: Session) -> None:
+    note(event, "begun", retries=self.request.retries)
+    session.execute(effect(event, "quiet"))
+    if self.request.retries == 0:
+        self.retry(countdown=0.2, throw=False)
+
+
 @jetstream_handler("limited.*", inbox=True, bind=True, time_limit=1)
 def limited(self: Any, event: Event, session: Session) -> None:
     note(event, "begun", retries=self.request.retries)

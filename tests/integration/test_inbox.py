@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from celery import Celery
+from celery.exceptions import Ignore
 from sqlalchemy import (
     Column,
     Integer,
@@ -342,6 +343,75 @@ def test_who_ends_the_transaction_is_told_not_to(shop: Shop) -> None:
             shop.inbox.run_within(shop.entry(), handler, lambda _: None)
     assert shop.effects() == []
     assert shop.states() == {}
+
+
+def test_an_error_that_is_caught_is_no_commit_of_nothing(shop: Shop) -> None:
+    """After it PostgreSQL rolls back what is committed, and its driver does not say so."""
+    with shop.engine.begin() as connection:
+        connection.execute(insert(effects).values(event_id="there", unique_id=7))
+
+    def handle(session: Session) -> str:
+        session.execute(insert(effects).values(event_id="kept"))
+        with contextlib.suppress(IntegrityError):
+            session.execute(insert(effects).values(unique_id=7))
+        return "done"
+
+    if shop.database.kind == "postgresql":
+        with pytest.raises(DBAPIError, match="transaction is aborted"):
+            shop.inbox.run_within(shop.entry(), handle, lambda _: None)
+        assert (shop.effects(), shop.states()) == (["there"], {})
+    else:
+        assert shop.inbox.run_within(shop.entry(), handle, lambda _: None) == "done"
+        assert (shop.effects(), shop.states()) == (["there", "kept"], {"e": "processed"})
+
+
+@pytest.mark.parametrize("database", ["mariadb"], indirect=True)
+def test_a_deadlock_that_is_caught_is_no_commit_of_the_rest(shop: Shop) -> None:
+    with shop.engine.begin() as connection:
+        connection.execute(insert(effects), [{"id": 1}, {"id": 2}])
+    locked, waiting = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with shop.engine.begin() as connection:
+            many = [{"event_id": "other"}] * 50  # a victim is who has changed less
+            connection.execute(insert(effects), many)
+            connection.execute(update(effects).where(effects.c.id == 2).values(event_id="o"))
+            locked.set()
+            assert waiting.wait(10)
+            connection.execute(update(effects).where(effects.c.id == 1).values(event_id="o"))
+
+    def handle(session: Session) -> str:
+        session.execute(update(effects).where(effects.c.id == 1).values(event_id="mine"))
+        assert locked.wait(10)
+        waiting.set()
+        with contextlib.suppress(DBAPIError):
+            session.execute(update(effects).where(effects.c.id == 2).values(event_id="mine"))
+        session.execute(insert(effects).values(event_id="after"))
+        return "done"
+
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(other)
+        with pytest.raises(InboxError, match="rolled the transaction back"):
+            shop.inbox.run_within(shop.entry(), handle, lambda _: None)
+        result.result(10)
+    assert "after" not in shop.effects()
+    assert shop.states() == {}
+
+
+def test_what_is_ignored_is_done_with(shop: Shop) -> None:
+    """Acked by Celery's word: nothing of it is kept but that."""
+
+    def ignore(session: Any = None) -> None:
+        if session is not None:
+            session.execute(insert(effects).values(event_id="e"))
+        raise Ignore
+
+    with pytest.raises(Ignore):
+        shop.inbox.run_within(shop.entry("within"), ignore, lambda _: None)
+    with pytest.raises(Ignore):
+        shop.inbox.run_around(shop.entry("around"), ignore, lambda _: None)
+    assert shop.effects() == []
+    assert shop.states() == {"within": "processed", "around": "processed"}
 
 
 def test_a_part_may_fail_in_a_savepoint(shop: Shop) -> None:

@@ -107,6 +107,14 @@ def test_autoretry_counts_and_gives_up_by_the_row(bank: Bank) -> None:
     assert bank.effects()[event_id] == 0
 
 
+def test_a_retry_that_is_not_thrown_rolls_back_as_well(bank: Bank) -> None:
+    event_id = send(bank, "quiet.once")
+    wait_until(lambda: bank.effects()[event_id], 30, "its second run")
+    assert [line["retries"] for line in bank.runs(event_id)] == [0, 1]
+    assert bank.effects()[event_id] == 1
+    assert (bank.row(event_id).status, bank.row(event_id).attempts) == ("processed", 1)
+
+
 def test_a_dead_letter_sent_again_runs_again_with_all_its_attempts(bank: Bank) -> None:
     event_id = send(bank, "refused.first")
     (letter,) = dead(bank, event_id)
