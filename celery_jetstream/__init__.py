@@ -7,6 +7,7 @@ from .extension import JetStream
 from .handlers import JetStreamTask, jetstream_handler
 from .settlement import Ack, DeadLetter, Nak
 from .tasks import publish_event, publish_on
+from .upcasts import upcast
 
 __version__ = "0.1.0"
 
@@ -23,4 +24,5 @@ __all__ = (
     "jetstream_handler",
     "publish_event",
     "publish_on",
+    "upcast",
 )

@@ -95,5 +95,68 @@ def _as_dicts(plan: Any) -> list[dict[str, Any]]:
     ]
 
 
+@jetstream.command(cls=CeleryCommand)
+@click.option("--json", "as_json", is_flag=True, help="For machines; with the payloads' schemas.")
+@click.pass_context
+@handle_preload_options
+def handlers(ctx: click.Context, as_json: bool, **_: Any) -> None:
+    """Lists the handlers: which events they take, from which queue. Needs no server.
+
+    Exit status: 0; 1 where there is none, or two for one pattern.
+    """
+    from .exceptions import CeleryJetStreamError
+
+    app = ctx.obj.app
+    try:
+        app.loader.import_default_modules()
+        found = [_handler(app, task) for task in jetstream_of(app).check().tasks]
+    except CeleryJetStreamError as error:
+        raise click.ClickException(str(error)) from error
+    if not found:
+        raise click.ClickException(
+            "no @jetstream_handler is known to this app: import the modules that define them "
+            "(include=, imports or autodiscover_tasks)"
+        )
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    for row in found:
+        click.echo(row["task"])
+        click.echo(f"  events    {', '.join(row['patterns'])}")
+        click.echo(f"  queue     {row['queue'] or 'by its route'}")
+        click.echo(f"  inbox     {row['inbox'] or 'no'}")
+        if row["payload"]:
+            click.echo(f"  payload   {row['payload']}")
+        for step in row["upcasts"]:
+            click.echo(f"  upcast    {step['from_version']} to {step['to_version']}: {step['by']}")
+
+
+def _handler(app: Any, task: Any) -> dict[str, Any]:
+    from .dispatcher import queue_of
+    from .upcasts import upcasters_of
+
+    steps = {step for pattern in task.event_types for step in upcasters_of(pattern)}
+    inbox = None
+    if task.has_inbox:
+        inbox = "in one transaction" if task.wants_session else "around the call"
+    return {
+        "task": task.name,
+        "patterns": list(task.event_types),
+        "queue": queue_of(app, task),
+        "inbox": inbox,
+        "payload": task.payload_type.name if task.payload_type else None,
+        "schema": task.payload_type.schema() if task.payload_type else None,
+        "upcasts": [
+            {
+                "event_type": step.pattern,
+                "from_version": step.from_version,
+                "to_version": step.to_version,
+                "by": step.name,
+            }
+            for step in sorted(steps, key=lambda step: (step.pattern, step.from_version))
+        ],
+    }
+
+
 jetstream.add_command(inbox)
 jetstream.add_command(outbox)

@@ -22,7 +22,7 @@ from .handlers import EVENT_ID, EVENT_TYPE, HEADER, LEASE, Handlers
 from .inflight import Flight
 from .settlement import DeadLetter, Nak, Settlement
 
-__all__ = ("Dispatcher",)
+__all__ = ("Dispatcher", "queue_of")
 
 logger = logging.getLogger(__name__)
 
@@ -182,13 +182,23 @@ class Dispatcher:
         task = flight.task
         if task.name in self._fixed_routes:
             return self._fixed_routes[task.name]
-        own = {name: getattr(task, name, None) for name in ROUTING_OPTIONS}
-        given = {name: value for name, value in own.items() if value is not None}
-        routed = self._app.amqp.router.route(given, task.name, (flight.envelope,), {}, task)
-        route = {name: value for name, value in routed.items() if name not in NOT_FOR_COPIES}
+        route = _route_of(self._app, task, flight.envelope)
         if not self._app.amqp.router.routes:  # then it depends on the task alone
             self._fixed_routes[task.name] = route
         return route
+
+
+def queue_of(app: Celery, task: Any) -> str:
+    """The queue that a handler's events go to; "" where that is not known before they come."""
+    return _queue_name(_route_of(app, task, {}))
+
+
+def _route_of(app: Celery, task: Any, envelope: Any) -> dict[str, Any]:
+    """By the task's own options, ``task_routes``, the default."""
+    own = {name: getattr(task, name, None) for name in ROUTING_OPTIONS}
+    given = {name: value for name, value in own.items() if value is not None}
+    routed = app.amqp.router.route(given, task.name, (envelope,), {}, task)
+    return {name: value for name, value in routed.items() if name not in NOT_FOR_COPIES}
 
 
 def _header(flight: Flight, lease_ends: float | None) -> dict[str, Any]:

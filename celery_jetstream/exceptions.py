@@ -7,7 +7,8 @@
     ├── SubjectError         (+ ValueError)            .subject
     ├── EventError           (+ ValueError)
     │   ├── EncodeError                                .path
-    │   └── DecodeError                                .reason
+    │   ├── DecodeError                                .reason
+    │   └── PayloadError                               .errors
     ├── PublishError                                   .event_id .subject .transient
     ├── TopologyError                                  .stream
     │   ├── SubjectOverlapError                        .subject .other_stream
@@ -44,6 +45,7 @@ __all__ = (
     "NoResponders",
     "NotConnectedError",
     "OutboxUnavailableError",
+    "PayloadError",
     "PublishError",
     "SubjectError",
     "SubjectOverlapError",
@@ -109,6 +111,23 @@ class DecodeError(EventError):
     def __init__(self, message: str, *, reason: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class PayloadError(EventError):
+    """A payload is not of the type that its handler takes.
+
+    ``errors`` holds ``(path, what is wrong)`` for each place; the message names ten at the most.
+    """
+
+    def __init__(self, errors: Sequence[tuple[str, str]]) -> None:
+        told = [f"{path}: {message[:200]}" for path, message in errors[:10]]
+        if len(errors) > len(told):
+            told.append(f"and {len(errors) - len(told)} more")
+        super().__init__("; ".join(told))
+        self.errors = tuple(errors)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.errors,)
 
 
 class PublishError(CeleryJetStreamError):

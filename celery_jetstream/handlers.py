@@ -8,6 +8,7 @@ around the handler, and makes ``retry()`` a redelivery by JetStream. How a task 
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -26,7 +27,9 @@ from .config import Config
 from .delivery import Delivery
 from .events import Event
 from .exceptions import ConfigurationError
+from .payloads import PayloadType, payload_type
 from .settlement import HAND_BACKS, HAND_BACKS_WITH_INBOX, Ack, DeadLetter, Nak, Policy
+from .upcasts import upcasted
 
 if TYPE_CHECKING:
     from .inbox_rows import Entry
@@ -71,12 +74,14 @@ def jetstream_handler(*event_types: str, **options: Any) -> Callable[[F], Any]:
             * ``unrecoverable_errors``: replaces ``jetstream_unrecoverable_errors`` here;
             * ``inbox``: handle each event once; default ``jetstream_use_inbox``;
             * ``inbox_key``: what the inbox calls this handler; default the task's name. Keep it
-              where the task is renamed.
+              where the task is renamed;
+            * ``payload``: a pydantic model, a dataclass, a TypedDict or a msgspec Struct:
+              ``event.payload`` is one, and an event whose payload does not fit is a dead letter.
 
     Raises:
         SubjectError: a pattern is not legal.
-        ConfigurationError: no pattern, or ``acks_late=True`` (JetStream redelivers; the Celery
-            broker must not).
+        ConfigurationError: no pattern, ``payload`` of another kind, or ``acks_late=True``
+            (JetStream redelivers; the Celery broker must not).
     """
     if not event_types or not all(isinstance(pattern, str) for pattern in event_types):
         raise ConfigurationError(
@@ -91,6 +96,8 @@ def jetstream_handler(*event_types: str, **options: Any) -> Callable[[F], Any]:
             "the Celery broker must not do it too; leave acks_late out",
             setting="acks_late",
         )
+    if "payload" in options:
+        options["payload_type"] = payload_type(options.pop("payload"))
     options.update(
         acks_late=False,
         retry_on_worker_lost=False,
@@ -150,6 +157,7 @@ class JetStreamTask(Task):
         unrecoverable_errors: this handler's, or None for the app's.
         inbox: whether it handles each event once, or None for the app's setting.
         inbox_key: what the inbox calls it; "" for the task's name.
+        payload_type: how payloads are read; None as they come.
     """
 
     abstract = True
@@ -159,6 +167,7 @@ class JetStreamTask(Task):
     unrecoverable_errors: tuple[type[BaseException], ...] | None = None
     inbox: bool | None = None
     inbox_key: str = ""
+    payload_type: PayloadType | None = None
 
     def __call__(self, event: Any, *args: Any, **kwargs: Any) -> Any:
         event = self.event(event)
@@ -237,17 +246,25 @@ class JetStreamTask(Task):
         return Entry(str(event_id or ""), self.handler_key, str(event_type or ""), delivery)
 
     def event(self, argument: Any) -> Event:
-        """The event that the task's first argument stands for.
+        """The event that the task's first argument stands for, in its newest version, typed.
+
+        An :class:`Event` is taken as it is.
 
         Raises:
             DecodeError: it is no envelope.
+            PayloadError: its payload does not fit, or an upcaster failed.
         """
         if isinstance(argument, Event):
             return argument
         delivery = delivery_of(self.request)
-        return Event.from_envelope(
-            argument, headers=delivery.headers if delivery else None, delivery=delivery
+        event = upcasted(
+            Event.from_envelope(
+                argument, headers=delivery.headers if delivery else None, delivery=delivery
+            )
         )
+        if self.payload_type is None:
+            return event
+        return dataclasses.replace(event, payload=self.payload_type.read(event.payload))
 
     def retry(
         self,
@@ -373,6 +390,8 @@ class Handlers:
         for task in tasks:
             if isinstance(task, JetStreamTask):
                 self._check_inbox(task)
+                if task.payload_type is not None:
+                    task.payload_type.schema()  # a field that cannot be read is said at start
                 for pattern in task.event_types:
                     self._add(pattern, task)
         self._patterns = sorted(self._by_pattern, key=subjects.specificity)
@@ -419,6 +438,11 @@ class Handlers:
     def with_inbox(self) -> list[JetStreamTask]:
         """The handlers that handle each event once."""
         return list(self._by_key.values())
+
+    @property
+    def tasks(self) -> list[JetStreamTask]:
+        """The handlers, by name."""
+        return sorted({*self._by_pattern.values()}, key=lambda task: str(task.name))
 
     def __bool__(self) -> bool:
         return bool(self._by_pattern)

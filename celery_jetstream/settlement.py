@@ -13,6 +13,8 @@ from datetime import datetime, timezone
 from billiard.exceptions import Terminated
 from celery.exceptions import Ignore, Reject, Retry
 
+from .exceptions import PayloadError
+
 __all__ = ("Ack", "DeadLetter", "End", "Nak", "Policy", "Settlement", "decide")
 
 
@@ -177,10 +179,8 @@ def _of_error(
         if policy.left(attempt):
             return Nak(_seconds_until(error.when, now, policy.delay(attempt)))
         return _dead("max_deliveries_exceeded", error.exc or error)
-    if isinstance(error, Ignore):
-        return Ack()
-    if isinstance(error, Terminated):
-        return DeadLetter("revoked")
+    if isinstance(error, (Ignore, Terminated, PayloadError)):
+        return _at_once(error)
     if isinstance(error, policy.outages):
         return Nak(_jittered(policy, attempt, jitter))
     if exhausted:
@@ -190,6 +190,14 @@ def _of_error(
     if policy.left(attempt):
         return Nak(policy.delay(attempt))
     return _dead("max_deliveries_exceeded", error)
+
+
+def _at_once(error: Ignore | Terminated | PayloadError) -> Settlement:
+    if isinstance(error, Ignore):
+        return Ack()
+    if isinstance(error, Terminated):
+        return DeadLetter("revoked")
+    return _dead("invalid_payload", error)
 
 
 def _jittered(policy: Policy, attempt: int, jitter: float) -> float:

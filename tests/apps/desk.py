@@ -7,16 +7,18 @@ run of a handler is one line in the file ``DESK_LEDGER``.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import signal
 import time
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from celery import Celery, Task
 from celery.exceptions import Ignore, Reject
 
-from celery_jetstream import Ack, Event, JetStream, jetstream_handler
+from celery_jetstream import Ack, Event, JetStream, jetstream_handler, upcast
 
 app = Celery("desk")
 app.conf.update(json.loads(os.environ["DESK_CONF"]))
@@ -227,6 +229,29 @@ class InContext(Task):
 @jetstream_handler("in.context", base=InContext, bind=True)
 def in_context(self: Any, event: Event) -> None:
     note(event, "handled", context=self.context)
+
+
+@dataclass
+class Measure:
+    id: int
+    amount: float
+    unit: Literal["kg", "lb"] = "kg"
+
+
+@jetstream_handler("typed.*", payload=Measure, queue="typed")
+def typed(event: Event) -> None:
+    assert isinstance(event.payload, Measure)
+
+
+@jetstream_handler("measured", payload=Measure)
+def measured(event: Event) -> None:
+    amount = event.payload.amount
+    note(dataclasses.replace(event, payload={"id": event.payload.id}), "handled", amount=amount)
+
+
+@upcast("measured", from_version="1.0")
+def with_unit(payload: dict[str, Any]) -> dict[str, Any]:
+    return {**payload, "unit": payload.get("unit", "lb")}
 
 
 @jetstream_handler("passed_over")

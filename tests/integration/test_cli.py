@@ -79,3 +79,41 @@ def test_wrong_settings_are_said_in_one_line_each(make_stack: MakeStack) -> None
     assert "jetstream_ack_wait" in said
     assert "jetstream_backoff" in said
     assert "Traceback" not in said
+
+
+def handlers(stack: Stack, *arguments: str, status: int = 0, **environment: str) -> str:
+    process = stack.celery("jetstream", "handlers", *arguments, **environment)
+    assert process.wait(30) == status, process.text()
+    return process.text()
+
+
+def test_handlers_are_listed_without_any_server(make_stack: MakeStack) -> None:
+    stack = make_stack()
+    stack.settings["jetstream_nats_urls"] = "nats://127.0.0.1:1"
+    stack.settings["broker_url"] = "redis://127.0.0.1:1/0"
+    found = {row["task"]: row for row in json.loads(handlers(stack, "--json"))}
+    measured = found["tests.apps.desk.measured"]
+    assert (measured["patterns"], measured["payload"]) == (["measured"], "Measure")
+    assert measured["queue"] == stack.settings["task_default_queue"]
+    assert measured["schema"]["required"] == ["id", "amount"]
+    assert measured["inbox"] is None
+    assert measured["upcasts"] == [
+        {
+            "event_type": "measured",
+            "from_version": "1.0",
+            "to_version": "2.0",
+            "by": "tests.apps.desk.with_unit",
+        }
+    ]
+    assert found["tests.apps.desk.typed"]["queue"] == "typed"
+    assert found["tests.apps.desk.order"]["schema"] is None
+    said = handlers(stack)
+    assert "tests.apps.desk.measured\n  events    measured\n" in said
+    assert "upcast    1.0 to 2.0: tests.apps.desk.with_unit" in said
+
+
+def test_handlers_that_cannot_be_are_an_error(make_stack: MakeStack) -> None:
+    stack = make_stack()
+    said = handlers(stack, status=1, DESK_TWICE="1")
+    assert "two handlers for the event type 'order.>'" in said
+    assert "Traceback" not in said

@@ -188,6 +188,25 @@ def test_headers_reach_the_handler(desk: Stack) -> None:
     assert runs(desk, result.event_id)[0]["trail"] == "from here"
 
 
+def test_a_payload_that_fits_is_typed(desk: Stack) -> None:
+    event_id = send(desk, "measured", amount=2)
+    (line,) = runs(desk, event_id)
+    assert (line["what"], line["amount"]) == ("handled", 2.0)
+
+
+def test_a_payload_that_does_not_fit_is_a_dead_letter_with_the_paths(desk: Stack) -> None:
+    event_id = send(desk, "measured", amount="2", unit="stone")
+    assert not runs(desk, event_id)
+    (letter,) = dead(desk, event_id)
+    assert letter["reason"] == "invalid_payload"
+    assert letter["context"]["error_class"] == "PayloadError"
+    assert letter["context"]["error_message"] == (
+        "payload.amount: must be a number, and is str '2'; "
+        "payload.unit: must be one of 'kg', 'lb', and is str 'stone'"
+    )
+    assert letter["context"]["deliveries"] == 1
+
+
 def test_no_handler_is_a_dead_letter_with_the_original_bytes(desk: Stack) -> None:
     before = desk.dead_count()
     body = json.dumps({"event_id": "e-1", "event_type": "unheard", "payload": 1, "x": "é"}).encode()
