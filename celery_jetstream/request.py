@@ -45,8 +45,8 @@ __all__ = ("HandBack", "JetStreamRequest", "Keeper")
 logger = logging.getLogger(__name__)
 
 #: When a child is lost, what it returned within so many seconds (and so many of all children's at
-#: the most) is acked once more. Celery may take five seconds to see that a child is gone.
-CHILD_ACKS_WITHIN = 10.0
+#: the most) is acked once more. Celery gives a child up ``worker_lost_wait`` (10 s) after its end.
+CHILD_ACKS_WITHIN = 30.0
 CHILD_ACKS_KEPT = 4096
 #: A result reaches the main process as its repr.
 SETTLED_TEXT = repr(handlers.SETTLED)

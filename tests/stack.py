@@ -129,6 +129,7 @@ class Stack:
             "task_ignore_result": True,
             "broker_connection_retry_on_startup": True,
             "worker_cancel_long_running_tasks_on_connection_loss": False,
+            "worker_lost_wait": 1,  # not 10 s: how soon a killed child's task is given up
             **settings,
         }
 

@@ -1,13 +1,14 @@
 """Two apps, a bridge, a worker and real webhooks, with nothing to install or start.
 
 Starts a nats-server and a Celery broker made of files in a temporary directory; ``hub`` publishes
-202 webhook deliveries and one message that is no event, ``desk`` handles them. About half of them
+202 webhook deliveries and one message that is no event, ``desk`` handles them. A tenth is sent
+twice, and two of the worker's children are killed in the middle of a handler. About half of them
 are written to the hub's outbox, beside a row of its own; where the same delivery comes a second
 time, both are rolled back. The first relay of the outbox is killed (SIGKILL) when JetStream has
 what it sent and it has not noted that yet; the second takes over. Every number shown is asked from
 the server, from the hub's database, or read from what the handlers wrote. The exit status is 0
 only if all that was committed or published was stored and handled once, or became a dead letter,
-and only what should.
+and only what should; and if the totals on the board are exact.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ class Demo:
         self._server = NatsServer(directory / "nats")
         self._programs: list[Program] = []
         self._record = directory / "published"
-        self._board = Board(directory / "board.sqlite3")
+        self._board = Board(directory)
         self._store = Store(directory)
         app = Celery("watcher", set_as_current=False)
         app.conf.update(jetstream_app_name="hub", jetstream_destination_app="desk")
@@ -199,8 +200,9 @@ class Demo:
         self.state = State(
             step=step,
             hub_ended=hub_ended,
-            total=max(published, len(self.noted("at once", "outbox"))),
+            total=max(published, len(self.noted("at once", "outbox", "sent twice"))),
             published=published,
+            sent_twice=len(self.noted("sent twice")),
             outbox=Outbox(
                 taken_in=self._store.taken_in(),
                 written=sum(rows.values()),
@@ -210,6 +212,8 @@ class Demo:
                 cut_off=self._cut_off(),
             ),
             handled=len(self.handled()),
+            skipped=self._board.skipped(),
+            killed=len(list(self._directory.glob("killed-*"))),
             retried=self._board.retried(),
             dead_lettered=len(self.dead_letters()),
             left=left,
@@ -244,6 +248,10 @@ class Demo:
         """How often each event was handled."""
         return self._board.handled()
 
+    def totals(self) -> dict[str, int]:
+        """How many events the board has counted for each repository and actor."""
+        return self._board.totals()
+
     def dead_letters(self) -> list[DeadLetter]:
         return self._stream.dead_letters()
 
@@ -271,12 +279,28 @@ def faults(demo: Demo) -> list[str]:
     poison = {line["event_id"] for line in meant if line["event_type"].startswith(POISON)}
     handled = demo.handled()
     twice = sorted(event_id for event_id, times in handled.items() if times > 1)
+    happened = [line for line in meant if line["how"] != "sent twice"]
+    totals = Counter(
+        name for line in happened if line["event_id"] not in poison for name in line["names"]
+    )
+    victims = {kind for line in happened if (kind := _victim(line["event_type"]))}
     dead = {(letter.event_id, letter.reason) for letter in demo.dead_letters()}
     expected = {(event_id, "unrecoverable_error") for event_id in poison}
     expected |= {("", "malformed_json") for line in meant if not line["event_id"]}
     found = {
-        f"published {state.published} is not handled {state.handled} + dead-lettered "
-        f"{state.dead_lettered}": state.published != state.handled + state.dead_lettered,
+        f"published {state.published} is not handled {state.handled} + skipped {state.skipped} + "
+        f"dead-lettered {state.dead_lettered}": (
+            state.published != state.handled + state.skipped + state.dead_lettered
+        ),
+        f"sent twice {state.sent_twice}, skipped {state.skipped}": (
+            state.sent_twice != state.skipped
+        ),
+        f"children killed {state.killed}, to be killed {len(victims)}": (
+            state.killed != len(victims)
+        ),
+        f"the totals are not exact: {sorted(totals.items() ^ demo.totals().items())}": (
+            totals != demo.totals()
+        ),
         f"the hub published {len(meant)}, the stream took {state.published}": (
             len(meant) != state.published
         ),
@@ -295,8 +319,15 @@ def faults(demo: Demo) -> list[str]:
     return [fault for fault, is_there in found.items() if is_there]
 
 
+def _victim(event_type: str) -> str:
+    """The kind, where its handler is killed once."""
+    kind = event_type.split(".")[1] if event_type else ""
+    return kind if kind in ("push", "issues") else ""
+
+
 def numbers(demo: Demo, wrong: list[str]) -> dict[str, Any]:
-    names = ("published", "handled", "retried", "dead_lettered", "left")
+    names = ("published", "sent_twice", "handled", "skipped", "killed", "retried")
+    names += ("dead_lettered", "left")
     return {
         **{name: getattr(demo.state, name) for name in names},
         "outbox": dataclasses.asdict(demo.state.outbox),

@@ -1,5 +1,8 @@
 """``hub`` publishes webhook deliveries to ``desk``, in blocks, and one message that is no event.
 
+A tenth of the events is sent twice, in a way that JetStream does not notice: as a sender does that
+comes back after the duplicate window.
+
 Every second block is published at once. The others go by way of the outbox, one transaction for
 each delivery; the relay publishes them::
 
@@ -27,12 +30,16 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from celery_jetstream import JetStream, signals
-from examples.demo import store
+from examples.demo import board, store
 from examples.demo.store import Delivery
 
 DIRECTORY = Path(os.environ["DEMO_DIRECTORY"])
 WEBHOOKS = Path(__file__).parent / "data" / "github_webhooks.jsonl"
 BLOCK = 10
+#: Kinds that fail at first, or for good.
+NOT_TWICE = ("github.check_run.", "github.security_advisory.")
+#: By their ids.
+Events = dict[str, dict[str, Any]]
 NOT_JSON = b"payload=%7B%22zen%22%3A%22Speak+like+a+human.%22%7D"  # a webhook sent as a form
 
 app = Celery("hub")
@@ -69,9 +76,10 @@ def main() -> int:
             began = time.monotonic()
             block = webhooks[start : start + BLOCK]
             if start // BLOCK % 2:
-                publish([webhook for _, webhook in block], record)
+                sent = publish([webhook for _, webhook in block], record)
             else:
-                take_in([*block, block[0]], record)  # the first one comes a second time
+                sent = take_in([*block, block[0]], record)  # the first one comes a second time
+            send_again(sent, record)
             if start == 0:
                 publish_no_event(record)
             if options.rate:
@@ -87,17 +95,21 @@ def read_webhooks() -> list[dict[str, Any]]:
     return webhooks
 
 
-def publish(webhooks: list[dict[str, Any]], record: Any) -> None:
+def publish(webhooks: list[dict[str, Any]], record: Any) -> Events:
     """At once: JetStream has them when this returns."""
     events = [event_of(webhook) for webhook in webhooks]
+    sent = {}
     for event, result in zip(events, jetstream.publish_batch(events), strict=True):
         result.raise_for_error()
-        note(record, "at once", event["event_type"], result.event_id)
+        sent[result.event_id] = event
+        note(record, "at once", event, result.event_id)
+    return sent
 
 
-def take_in(deliveries: list[tuple[int, dict[str, Any]]], record: Any) -> None:
+def take_in(deliveries: list[tuple[int, dict[str, Any]]], record: Any) -> Events:
     """Through the outbox: a delivery's row and its event are committed together, or neither is."""
     database = store.engine(DIRECTORY)
+    sent = {}
     for number, webhook in deliveries:
         event = event_of(webhook)
         how = "outbox"
@@ -105,10 +117,22 @@ def take_in(deliveries: list[tuple[int, dict[str, Any]]], record: Any) -> None:
             with Session(database) as session, session.begin():
                 event_id = jetstream.outbox.add(session, **event)
                 session.add(Delivery(number=number, event_type=event["event_type"]))
+            sent[event_id] = event
         except IntegrityError:  # it was here before
             how = "rolled back"
-        note(record, how, event["event_type"], event_id)
+        note(record, how, event, event_id)
     database.dispose()
+    return sent
+
+
+def send_again(sent: Events, record: Any) -> None:
+    """The first one that is plain to handle: its own bytes, and no ``Nats-Msg-Id``."""
+    for event_id, event in sent.items():
+        if not event["event_type"].startswith(NOT_TWICE):
+            message = jetstream.publisher.message(**event, event_id=event_id)
+            send_bare(message.body)
+            note(record, "sent twice", event, event_id)
+            return
 
 
 def event_of(webhook: dict[str, Any]) -> dict[str, Any]:
@@ -121,19 +145,24 @@ def event_of(webhook: dict[str, Any]) -> dict[str, Any]:
 
 
 def publish_no_event(record: Any) -> None:
-    """As a foreign program might: with nats-py alone, and a body that is not JSON."""
+    send_bare(NOT_JSON)
+    note(record, "at once", {"event_type": "", "payload": {}}, "")
+
+
+def send_bare(body: bytes) -> None:
+    """As a foreign program might: with nats-py alone."""
 
     async def send() -> None:
         client = await nats.connect(os.environ["NATS_URL"])
-        await client.jetstream().publish(jetstream.config.publish_subject, NOT_JSON)
+        await client.jetstream().publish(jetstream.config.publish_subject, body)
         await client.close()
 
     asyncio.run(send())
-    note(record, "at once", "", "")
 
 
-def note(record: Any, how: str, event_type: str, event_id: str) -> None:
-    line = {"how": how, "event_type": event_type, "event_id": event_id}
+def note(record: Any, how: str, event: dict[str, Any], event_id: str) -> None:
+    names = list(filter(None, board.whose(event["payload"])))
+    line = {"how": how, "event_type": event["event_type"], "event_id": event_id, "names": names}
     print(json.dumps(line), file=record, flush=True)
 
 

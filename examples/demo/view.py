@@ -36,7 +36,10 @@ class State:
     total: int = 0
     published: int = 0
     outbox: Outbox = Outbox()
+    sent_twice: int = 0
     handled: int = 0
+    skipped: int = 0
+    killed: int = 0
     retried: int = 0
     dead_lettered: int = 0
     left: int = 0
@@ -67,7 +70,7 @@ class Lines(Nothing):
     def show(self, state: State) -> None:
         line = (
             f"{state.step}: {state.published} published ({state.outbox.waiting} wait in the "
-            f"outbox), {state.handled} handled, "
+            f"outbox), {state.handled} handled, {state.skipped} skipped, "
             f"{state.retried} retried, {state.dead_lettered} dead-lettered"
         )
         if line != self._last:
@@ -107,6 +110,7 @@ def _bars(state: State) -> RenderableType:
         ("in the outbox", state.outbox.waiting, "magenta"),
         ("published", state.published, "cyan"),
         ("handled", state.handled, "green"),
+        ("skipped", state.skipped, "blue"),
         ("retried", state.retried, "yellow"),
         ("dead-lettered", state.dead_lettered, "red"),
     ):
@@ -142,13 +146,17 @@ def sums(state: State) -> RenderableType:
     rows.add_row("… with the first relay when it got SIGKILL", str(outbox.cut_off))
     table = Table("the stream", "messages", box=None, pad_edge=False)
     table.columns[1].justify = "right"
-    table.add_row("published at once", str(state.published - outbox.flushed))
+    once = state.published - outbox.flushed - state.sent_twice
+    table.add_row("published at once", str(once))
     table.add_row("published by the outbox", str(outbox.flushed))
+    table.add_row("of these sent a second time", str(state.sent_twice))
     table.add_row("published", str(state.published), style="bold", end_section=True)
     table.add_row("handled, each once", str(state.handled))
+    table.add_row("skipped, for the inbox had them", str(state.skipped))
     table.add_row("dead-lettered", str(state.dead_lettered))
     table.add_row("left in the stream", str(state.left))
-    return Group(rows, Text(), table, Text(f"retried on the way: {state.retried}\n"))
+    told = f"worker children killed in mid-handler: {state.killed}\n"
+    return Group(rows, Text(), table, Text(f"{told}retried on the way: {state.retried}\n"))
 
 
 def letters(dead_letters: Sequence[DeadLetter]) -> RenderableType:

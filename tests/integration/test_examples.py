@@ -94,13 +94,16 @@ def test_the_demo_adds_up_and_leaves_nothing_behind(environment: dict[str, str])
     assert ended.returncode == 0, ended.stdout + ended.stderr
     sums = json.loads(ended.stdout)
     assert sums["adds_up"] is True
-    assert sums["published"] == sums["handled"] + sums["dead_lettered"] == 203
+    assert sums["handled"] + sums["dead_lettered"] == 203
+    assert sums["sent_twice"] == sums["skipped"] == 21
+    assert sums["published"] == 203 + 21
+    assert sums["killed"] == 2, "two children, in the middle of a handler"
     assert sums["left"] == 0
     outbox = sums["outbox"]
     assert outbox["written"] == outbox["taken_in"] == outbox["flushed"] == 102
     assert outbox["rolled_back"] == 11
     assert outbox["cut_off"] > 0, "the relay had sent rows when it was killed"
-    assert sums["retried"] == 6, "every check_run fails once"
+    assert sums["retried"] >= 8, "every check_run fails once, and two were killed"
     assert sorted((d["event_type"], d["reason"]) for d in sums["dead_letters"]) == [
         ("", "malformed_json"),
         ("github.security_advisory.updated", "unrecoverable_error"),
@@ -141,25 +144,50 @@ def test_the_demo_fails_when_it_does_not_add_up(environment: dict[str, str]) -> 
 
 LETTER = DeadLetter("unrecoverable_error", "ValueError", "github.security_advisory.x", "bad", 3)
 NO_JSON = DeadLetter("malformed_json", "DecodeError", "", "", 1)
+NAMES = ["ann", "shop"]
 RECORD = [
-    {"how": "at once", "event_type": "", "event_id": ""},
-    {"how": "at once", "event_type": "github.push", "event_id": "good"},
-    {"how": "outbox", "event_type": "github.security_advisory.x", "event_id": "bad"},
-    {"how": "rolled back", "event_type": "github.push", "event_id": "never"},
+    {"how": "at once", "event_type": "", "event_id": "", "names": []},
+    {"how": "at once", "event_type": "github.push", "event_id": "good", "names": NAMES},
+    {
+        "how": "sent twice",
+        "event_type": "github.push",
+        "event_id": "good",
+        "names": ["ann", "shop"],
+    },
+    {
+        "how": "outbox",
+        "event_type": "github.security_advisory.x",
+        "event_id": "bad",
+        "names": ["b"],
+    },
+    {"how": "rolled back", "event_type": "github.push", "event_id": "never", "names": ["ann"]},
 ]
+TOTALS = {"ann": 1, "shop": 1}
 OUTBOX = Outbox(taken_in=1, written=1, rolled_back=1, flushed=1, cut_off=1)
 
 
 def faults(
-    handled: dict[str, int], letters: list[DeadLetter], left: int = 0, outbox: Outbox = OUTBOX
+    handled: dict[str, int],
+    letters: list[DeadLetter],
+    left: int = 0,
+    outbox: Outbox = OUTBOX,
+    totals: dict[str, int] = TOTALS,
+    **more: int,
 ) -> list[str]:
+    counts = {"sent_twice": 1, "skipped": 1, "killed": 1, **more}
     state = State(
-        published=3, handled=len(handled), dead_lettered=len(letters), left=left, outbox=outbox
+        published=4,
+        handled=len(handled),
+        dead_lettered=len(letters),
+        left=left,
+        outbox=outbox,
+        **counts,
     )
     demo: Any = SimpleNamespace(
         state=state,
         record=lambda: RECORD,
         handled=lambda: Counter(handled),
+        totals=lambda: totals,
         dead_letters=lambda: letters,
     )
     return demo_program.faults(demo)
@@ -181,6 +209,21 @@ def test_the_demo_finds_what_does_not_add_up(
     handled: dict[str, int], letters: list[DeadLetter], left: int, number: int
 ) -> None:
     assert len(faults(handled, letters, left)) == number
+
+
+@pytest.mark.parametrize(
+    ("wrong", "number"),
+    [
+        ({"totals": {"ann": 2, "shop": 1}}, 1),  # counted up twice
+        ({"totals": {"ann": 1}}, 1),
+        ({"skipped": 0}, 2),  # the sum, and what was sent twice
+        ({"killed": 0}, 1),
+    ],
+)
+def test_the_demo_finds_effects_that_are_not_exactly_once(
+    wrong: dict[str, Any], number: int
+) -> None:
+    assert len(faults({"good": 1}, [NO_JSON, LETTER], **wrong)) == number
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Session, scoped_session, sessionmaker
 
-from celery_jetstream import Ack, DeadLetter, JetStream, Nak, jetstream_handler
+from celery_jetstream import Ack, DeadLetter, JetStream, Nak
 from celery_jetstream.config import Config
 from celery_jetstream.database import Engines
 from celery_jetstream.delivery import Delivery
@@ -737,7 +737,6 @@ def _handler_base(app: Celery) -> Any:
     return _task_class(app.Task)
 
 
-@jetstream_handler("called.directly", name="tests.called_directly", inbox=True)
 def called_directly(event: Any, session: Session) -> str:
     session.execute(insert(effects).values(event_id=event.event_id))
     return str(event.payload)
@@ -745,15 +744,16 @@ def called_directly(event: Any, session: Session) -> str:
 
 def test_without_a_message_there_is_a_session_and_no_row(tmp_path: Path) -> None:
     app = make_app(tmp_path)
+    options: Any = {"event_types": ("called.directly",), "inbox": True, "typing": False}
+    task = app.task(base=_handler_base(app), shared=False, **options)(called_directly)
     app.finalize()
     engine = create_engine(app.conf.jetstream_database_url)
     metadata.create_all(engine)
     app.jetstream.inbox.create_tables()
-    task = app.tasks["tests.called_directly"]
     envelope = {"event_id": "e", "event_type": "called.directly", "payload": 1}
     assert task.apply((envelope,)).get() == "1"
     app.conf.task_always_eager = True
-    assert task.delay(envelope).get() == "1"  # Celery does not miss the session
+    assert task.delay(envelope).get() == "1"
     with engine.connect() as connection:
         assert len(connection.execute(select(effects)).all()) == 2
     assert app.jetstream.inbox.find() == []

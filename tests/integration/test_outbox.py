@@ -478,7 +478,7 @@ def test_the_task_waits_for_the_database(
     there = Database("sqlite", f"sqlite:///{home}/database.sqlite")
     shop = make_shop(there, jetstream_use_outbox=True)
     shop.app.conf.broker_transport_options = {"polling_interval": 0.01}
-    shop.jetstream.outbox.database.close()
+    shop.jetstream.outbox.database.engines.close()
     home.rename(tmp_path / "away")
     task = shop.app.tasks[publish_event.name]
     retried = threading.Event()
