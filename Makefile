@@ -4,6 +4,8 @@
 PYTHON3 ?= python3
 ROUNDS ?= 20
 ARGS ?=
+# Two processes: half of a test is waiting. A file's tests share servers and workers, so it is not split.
+PARALLEL ?= -n 2 --dist loadfile
 
 PYTHON := .venv/bin/python
 READY := .venv/.ready
@@ -22,8 +24,8 @@ help: ## this list
 demo: $(READY) ## two apps, an outbox, a bridge and real webhooks, with nothing to install or start
 	@$(PYTHON) -m examples.demo $(ARGS)
 
-test: $(READY) ## unit, integration and short crash tests; ARGS="-k name"
-	@$(PYTHON) -m pytest $(ARGS)
+test: $(READY) ## unit, integration and short crash tests; ARGS="-k name", then in one process
+	@$(PYTHON) -m pytest $(if $(ARGS),$(ARGS),$(PARALLEL))
 
 check: lint types imports test ## what must be green before a commit
 
@@ -39,7 +41,8 @@ imports: $(READY) ## imports point down, pure modules do no I/O
 	@.venv/bin/lint-imports --no-logo > .venv/imports.log 2>&1 || { cat .venv/imports.log; exit 1; }
 
 oldest: $(OLDEST)/.ready ## the settlement suite on the oldest Celery and nats-py that we support
-	@$(OLDEST)/bin/python -m pytest tests/integration/test_settlement.py $(ARGS)
+	@$(OLDEST)/bin/python -m pytest tests/integration/test_settlement.py \
+		tests/integration/test_inbox_runs.py $(ARGS)
 
 crash: $(READY) ## the crash tests, ROUNDS times each
 	@$(PYTHON) -m pytest tests/crash --rounds=$(ROUNDS) --timeout=0 $(ARGS)

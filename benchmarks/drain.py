@@ -13,7 +13,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ class Drain:
         worker: more arguments for both workers.
         settings: more Celery settings for both apps.
     """
+
+    plain_app, bridged_app = "app_plain", "app_bridged"
 
     def __init__(
         self,
@@ -82,15 +84,21 @@ class Drain:
         hub.conf.update(**self._jetstream("hub", "desk"))
         self.hub = JetStream(hub)
         self._stack.callback(self.hub.close)
-        self.plain_worker = self._celery("app_plain", "plain", *WORKER, *self._worker_arguments)
-        self.worker = self._celery("app_bridged", "bridged", *WORKER, *self._worker_arguments)
-        self.bridge = self._celery("app_bridged", "bridged", "jetstream", "bridge")
+        plain, bridged = self.plain_app, self.bridged_app
+        self.plain_worker = self._celery(plain, "plain", *WORKER, *self._worker_arguments)
+        self.worker = self._celery(bridged, "bridged", *WORKER, *self._worker_arguments)
+        self.bridge = self._celery(bridged, "bridged", "jetstream", "bridge")
         self.bridge.wait_for("bridge is ready", 60)
         for worker, queue in ((self.plain_worker, "plain"), (self.worker, "bridged")):
             self._wait_consuming(worker, queue)
         self._fill()
-        for variant in (self.plain, self.bridged):
+        for variant in self.variants.values():
             variant(WARM_UP)
+
+    @property
+    def variants(self) -> dict[str, Callable[..., Sample]]:
+        """The variants by name; each may be given a count."""
+        return {BASE: self.plain, "bridged": self.bridged}
 
     def _jetstream(self, app: str, other: str) -> dict[str, Any]:
         return {
@@ -135,7 +143,7 @@ class Drain:
     def _fill(self) -> None:
         """Fills the queues that the plain turns are copied from."""
         app = Celery("filler", broker=self.redis_server.url, set_as_current=False)
-        name = "benchmarks.app_plain.handle"
+        name = f"benchmarks.{self.plain_app}.handle"
         handle = app.task(_nothing, name=name, ignore_result=True)
         for queue, count in ((FULL, self.count), (f"{FULL}-{WARM_UP}", WARM_UP)):
             app.conf.task_default_queue = queue
@@ -151,13 +159,18 @@ class Drain:
         source = f"{FULL}-{count}" if count else FULL
         return self._turn("plain", count or self.count, self.plain_worker, source)
 
-    def bridged(self, count: int = 0) -> Sample:
+    def bridged(self, count: int = 0, event_type: str = "bench.created") -> Sample:
         """Events, preloaded in JetStream, the bridge and a worker."""
         count = count or self.count
         self._pause(NEVER)
-        results = self.hub.publish_batch([_event(number) for number in range(count)], timeout=120)
+        events = [{**_event(number), "event_type": event_type} for number in range(count)]
+        results = self.hub.publish_batch(events, timeout=120)
         assert all(results), next(result.error for result in results if not result)
         return self._turn("bridged", count, self.worker, None)
+
+    def _meters(self) -> dict[str, Callable[[], list[int]]]:
+        """Further processes whose CPU is counted."""
+        return {}
 
     def _turn(self, queue: str, count: int, worker: CeleryProcess, source: str | None) -> Sample:
         self.tally.mark()
@@ -169,6 +182,7 @@ class Drain:
                 "children": lambda: children,
                 "redis": lambda: [self.redis_server.pid],
                 "nats": lambda: [self.nats_server.pid],
+                **self._meters(),
             }
         )
         if source is None:

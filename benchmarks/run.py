@@ -26,7 +26,7 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks import drain, outbox, outbox_growth, outbox_latency, outbox_writers, publish
+from benchmarks import drain, inbox, outbox, outbox_growth, outbox_latency, outbox_writers, publish
 from benchmarks.figures import Sample, ratio, shown, summarise, table
 from benchmarks.rig import peer_versions
 from tests.servers import missing
@@ -109,7 +109,13 @@ def _publish(options: Options) -> Iterator[Variants]:
 @contextmanager
 def _drain(options: Options) -> Iterator[Variants]:
     with drain.running(options.count or 3000) as benchmark:
-        yield {"plain": benchmark.plain, "bridged": benchmark.bridged}
+        yield benchmark.variants
+
+
+@contextmanager
+def _inbox(options: Options) -> Iterator[Variants]:
+    with inbox.running(options.count or 3000) as variants:
+        yield variants
 
 
 @contextmanager
@@ -175,6 +181,12 @@ BENCHMARKS = {
         (drain.BASE,),
         (Goal("bridged", 0.75, drain.BASE),),
         needs=("nats", "redis"),
+    ),
+    "inbox": Benchmark(
+        _rounds(_inbox),
+        (inbox.BASE,),
+        (Goal(inbox.INBOX, 0.75, inbox.BASE), Goal(inbox.INBOX, None, inbox.PLAIN)),
+        needs=("nats", "redis", "postgresql"),
     ),
     "outbox": Benchmark(
         _rounds(_outbox),

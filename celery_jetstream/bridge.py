@@ -175,7 +175,7 @@ class Bridge:
         session = await self.jetstream.connection.session()
         await self._listen(session)
         with contextlib.suppress(Exception):  # an answer here comes after what the server denies
-            await session.client.flush(timeout=5)
+            await session.client.flush(timeout=30)  # late, it would end nats-py's read loop
         if "permissions violation" in str(session.error).lower():
             raise ConfigurationError(
                 "the NATS user may not subscribe to $JS.ACK." + config.stream_name + ".>: without "

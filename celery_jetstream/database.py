@@ -90,6 +90,7 @@ class Engines:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._own: Engine | None = None
+        self._of_tables: dict[Table, Engine] = {}
         self._lock = threading.Lock()
         _all_engines.add(self)
 
@@ -100,9 +101,11 @@ class Engines:
             ConfigurationError: neither can be used.
         """
         url = self._config.database_url
-        if url is None:
-            return _engine_of(self._config.session_factory, table)
         with self._lock:
+            if url is None:
+                if table not in self._of_tables:
+                    self._of_tables[table] = _engine_of(self._config.session_factory, table)
+                return self._of_tables[table]
             if self._own is None:
                 self._own = _own_engine(url)
             return self._own
@@ -123,6 +126,7 @@ class Engines:
         """Closes the connections of an engine of ours."""
         with self._lock:
             engine, self._own = self._own, None
+            self._of_tables.clear()
         if engine is not None:
             engine.dispose()
 
@@ -140,7 +144,6 @@ class Database(Generic[TablesT]):
         self.engines = engines
         self.name = name
         self.tables = tables
-        self._engine: Engine | None = None
 
     @property
     def engine(self) -> Engine:
@@ -406,6 +409,7 @@ def _forget_in_child() -> None:
     for engines in list(_all_engines):
         _inherited.append(engines._own)
         engines._own, engines._lock = None, threading.Lock()
+        engines._of_tables.clear()
 
 
 if hasattr(os, "register_at_fork"):

@@ -43,9 +43,9 @@ HEADER = "jetstream"
 #: In that header: when the copy's lease ends, by the bridge's clock (seconds since 1970). Celery's
 #: own ``expires`` would cost the worker's main process more to read than all else of ours.
 LEASE = "lease_ends"
-#: What a task returns whose settlement a middleware gave: the worker's main process, which sees
-#: only the result's text, must not take it for an Ack.
-SETTLED = "settled by middleware"
+#: What a task returns whose settlement is given, and no Ack: the worker's main process, which sees
+#: only the result's text, must not take it for one.
+SETTLED = "settled otherwise"
 #: In that header: what the inbox needs of the event.
 EVENT_ID, EVENT_TYPE = "event_id", "event_type"
 #: The parameter of a handler that is to run in the transaction of its inbox row.
@@ -180,7 +180,7 @@ class JetStreamTask(Task):
         result = call(event)
         if isinstance(result, (Ack, Nak, DeadLetter)) and delivery_of(self.request):
             self.request.jetstream_settlement = result
-            return SETTLED
+            return None if isinstance(result, Ack) else SETTLED
         return result
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], event: Event) -> Any:

@@ -198,9 +198,11 @@ def verdict_of(status: object, error_code: object) -> Verdict:
 
 def _complaint(message: Message, problem: Mapping[str, Any]) -> PublishResult:
     code = problem.get("err_code")
+    words = str(problem.get("description", "refused"))
+    words = words.encode(errors="backslashreplace").decode()  # for logs: they are written as UTF-8
     return failed(
         message,
         verdict_of(problem.get("code"), code),
-        f"{problem.get('description', 'refused')} (error {'?' if code is None else code})",
+        f"{words} (error {'?' if code is None else code})",
         code if isinstance(code, int) else None,
     )

@@ -19,6 +19,7 @@ from sqlalchemy import event as sqlalchemy_event
 from sqlalchemy.orm import Session
 
 from celery_jetstream import Event, JetStream, jetstream_handler
+from tests.apps.ledger import note
 
 app = Celery("bank")
 app.conf.update(json.loads(os.environ["DESK_CONF"]))
@@ -33,25 +34,6 @@ effects = Table(
     Column("handler", String(64)),
     mysql_engine="InnoDB",
 )
-
-
-def note(event: Event, what: str, **more: Any) -> None:
-    """One line in the ledger; a single write, so that processes do not mix their lines."""
-    line = {
-        "what": what,
-        "type": event.event_type,
-        "id": event.payload.get("id"),
-        "event_id": event.event_id,
-        "num_delivered": event.delivery.num_delivered if event.delivery else None,
-        "pid": os.getpid(),
-        "at": time.time(),
-        **more,
-    }
-    file = os.open(os.environ["DESK_LEDGER"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    try:
-        os.write(file, (json.dumps(line) + "\n").encode())
-    finally:
-        os.close(file)
 
 
 def die(event: Event, point: str) -> None:

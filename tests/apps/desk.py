@@ -19,30 +19,11 @@ from celery import Celery, Task
 from celery.exceptions import Ignore, Reject
 
 from celery_jetstream import Ack, Event, JetStream, jetstream_handler, upcast
+from tests.apps.ledger import note
 
 app = Celery("desk")
 app.conf.update(json.loads(os.environ["DESK_CONF"]))
 jetstream = JetStream(app)
-
-
-def note(event: Event, what: str, **more: Any) -> None:
-    """One line in the ledger; a single write, so that processes do not mix their lines."""
-    delivery = event.delivery
-    line = {
-        "what": what,
-        "type": event.event_type,
-        "id": event.payload.get("id"),
-        "event_id": event.event_id,
-        "num_delivered": delivery.num_delivered if delivery else None,
-        "pid": os.getpid(),
-        "at": time.time(),
-        **more,
-    }
-    file = os.open(os.environ["DESK_LEDGER"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    try:
-        os.write(file, (json.dumps(line) + "\n").encode())
-    finally:
-        os.close(file)
 
 
 class OutOfServiceError(Exception):

@@ -21,26 +21,12 @@ from celery_jetstream.testing import NatsServer, wait_until
 from tests.banking import Bank
 from tests.conftest import Names
 from tests.crash import faults
-from tests.servers import PostgresServer, RedisServer, need
+from tests.servers import PostgresServer, RedisServer
 from tests.stack import WORKER, CeleryProcess
 
 pytestmark = pytest.mark.timeout(240)
 
 MakeBank = Callable[..., Bank]
-
-
-@pytest.fixture
-def own_postgres() -> Iterator[PostgresServer]:
-    need("postgresql")
-    with PostgresServer() as server:
-        yield server
-
-
-@pytest.fixture
-def own_nats() -> Iterator[NatsServer]:
-    need("nats")
-    with NatsServer() as server:
-        yield server
 
 
 @pytest.fixture

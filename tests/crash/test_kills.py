@@ -9,31 +9,16 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from celery_jetstream.testing import NatsServer, wait_until
 from tests.crash import faults
-from tests.servers import RedisServer, need
+from tests.servers import RedisServer
 from tests.stack import WORKER, CeleryProcess, Stack, handled_once
 
 pytestmark = pytest.mark.timeout(240)
-
-
-@pytest.fixture
-def own_nats() -> Iterator[NatsServer]:
-    need("nats")
-    with NatsServer() as server:
-        yield server
-
-
-@pytest.fixture
-def own_redis() -> Iterator[RedisServer]:
-    need("redis")
-    with RedisServer() as server:
-        yield server
 
 
 def start(stack: Stack, *, concurrency: int = 2) -> tuple[CeleryProcess, CeleryProcess]:

@@ -180,20 +180,6 @@ def test_flusher_stands_still_for_longer_than_its_lease(
 # -- servers killed --------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def own_nats() -> Iterator[NatsServer]:
-    need("nats")
-    with NatsServer() as server:
-        yield server
-
-
-@pytest.fixture
-def own_redis() -> Iterator[RedisServer]:
-    need("redis")
-    with RedisServer() as server:
-        yield server
-
-
 @pytest.mark.parametrize("kind", ["postgresql", "mariadb"])
 def test_servers_are_killed(
     kind: str, make_shop: MakeShop, own_nats: NatsServer, dice: random.Random, rounds: int

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
+import warnings
 
 import pytest
 
@@ -44,6 +46,54 @@ def test_a_drain_is_bounded_and_says_what_is_left() -> None:
     aside.put(wait)
     aside.put(lambda: None)
     assert aside.drain(0.05) == 2
+    go_on.set()
+    assert aside.drain(10) == 0
+
+
+def fork() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, from Python 3.12
+        child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
+def test_no_child_is_forked_in_the_middle_of_work() -> None:
+    """In the child what the work had locked would be locked for ever."""
+    aside, working, go_on = Aside(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        working.set()
+        go_on.wait(30)
+
+    aside.put(work)
+    assert working.wait(10)
+    forking = threading.Thread(target=fork)
+    forking.start()
+    forking.join(0.2)
+    assert forking.is_alive()
+    go_on.set()
+    forking.join(10)
+    assert not forking.is_alive()
+    aside.put(fork)  # in the thread itself it does not wait for itself
+    assert aside.drain(10) == 0
+
+
+def test_a_fork_does_not_wait_for_ever(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("celery_jetstream.aside.FORK_PATIENCE", 0.05)
+    aside, working, go_on = Aside(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        working.set()
+        go_on.wait(30)
+
+    aside.put(work)
+    assert working.wait(10)
+    fork()
+    assert "while a database hangs" in caplog.text
     go_on.set()
     assert aside.drain(10) == 0
 

@@ -1,0 +1,30 @@
+"""What the handlers of the tests' apps did: a line for each, in the file ``DESK_LEDGER``."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from typing import Any
+
+from celery_jetstream import Event
+
+
+def note(event: Event, what: str, **more: Any) -> None:
+    """One line in the ledger; a single write, so that processes do not mix their lines."""
+    delivery = event.delivery
+    line = {
+        "what": what,
+        "type": event.event_type,
+        "id": event.payload.get("id"),
+        "event_id": event.event_id,
+        "num_delivered": delivery.num_delivered if delivery else None,
+        "pid": os.getpid(),
+        "at": time.time(),
+        **more,
+    }
+    file = os.open(os.environ["DESK_LEDGER"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    try:
+        os.write(file, (json.dumps(line) + "\n").encode())
+    finally:
+        os.close(file)
