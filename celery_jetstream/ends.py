@@ -108,7 +108,8 @@ def settle(
     """
     jetstream = task.app.jetstream
     attempt = getattr(request, "jetstream_attempt", None) or delivery.num_delivered
-    if task.has_inbox:
+    refused = isinstance(end, Settlement) and getattr(request, "jetstream_refused", False)
+    if task.has_inbox and not refused:  # what the inbox did not let run has not failed
         entry = task.entry(delivery, header)
         end, attempt = _recorded(jetstream.inbox, entry, end, attempt, patience)
     settlement = decide(

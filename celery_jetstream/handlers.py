@@ -204,12 +204,16 @@ class JetStreamTask(Task):
         if delivery is None:
             return inbox.bare(lambda session: handle(session=session)) if within else handle()
         entry = self.entry(delivery, getattr(self.request, HEADER))
+        self.request.jetstream_refused = True
         if within:
-            return inbox.run_within(entry, lambda session: handle(session=session), self._begun)
-        return inbox.run_around(entry, handle, self._begun)
+            result = inbox.run_within(entry, lambda session: handle(session=session), self._begun)
+        else:
+            result = inbox.run_around(entry, handle, self._begun)
+        return result
 
     def _begun(self, failures: int) -> None:
         """With an inbox, attempts are counted by its row."""
+        self.request.jetstream_refused = False
         self.request.jetstream_attempt = failures + 1
         self.request.retries = failures
 

@@ -280,8 +280,9 @@ def _note_failure(context: ExceptionContext) -> None:
     PostgreSQL then answers a COMMIT with a rollback, which its drivers take for a commit; after a
     deadlock, what follows is a transaction of its own on MariaDB.
     """
-    if context.connection is not None and not context.connection.closed:
-        context.connection.info[_FAILED] = True
+    connection = context.connection
+    if connection is not None and not (connection.closed or connection.invalidated):
+        connection.info[_FAILED] = True
 
 
 event.listen(Session, "before_commit", _refuse_commit)
