@@ -236,17 +236,17 @@ def test_the_database_is_away_for_ten_times_the_retry_span(
 
 
 def test_deploys_cost_no_attempt(make_bank: MakeBank) -> None:
-    """One attempt is allowed, and four workers come and go with all that they hold."""
+    """One attempt is allowed, and three workers come and go with all that they hold."""
     bank = make_bank(jetstream_max_deliver=1)
     bank.bridge()
-    events = bank.publish("paid.slow", 24, seconds=0.5)
-    for _ in range(3):
+    events = bank.publish("paid.slow", 16, seconds=0.4)
+    for _ in range(2):
         worker = start_worker(bank)
         begun = len(bank.ledger("begun"))
-        bank.wait_ledger(lambda b=begun: len(bank.ledger("begun")) >= b + 3, 60, "some to run")
+        bank.wait_ledger(lambda b=begun: len(bank.ledger("begun")) >= b + 2, 60, "some to run")
         assert worker.stop(60) == 0
     start_worker(bank)
-    bank.exactly_once(events, "four workers, one attempt")
+    bank.exactly_once(events, "three workers, one attempt")
     rows = bank.inbox.find(limit=100)
     assert {row.attempts for row in rows} == {0}
     assert max(row.deliveries for row in rows) > 1, "nothing was handed back"

@@ -39,7 +39,8 @@ def start_worker(stack: Stack, *arguments: str, concurrency: int = 2) -> CeleryP
 
 
 def test_pool_child(make_stack: Any, rounds: int) -> None:
-    stack = make_stack(**faults.SETTINGS)
+    """What it had returned is acked again, sooner than ack_wait on the slowest machine."""
+    stack = make_stack(**{**faults.SETTINGS, "jetstream_ack_wait": 10})
     start(stack)
     for _ in range(rounds):
         events = faults.publish_load(stack, 300)
@@ -201,7 +202,8 @@ def test_long_task_and_long_backlog_are_one_delivery_each(make_stack: Any) -> No
 
 
 def test_handler_that_always_kills_its_process(make_stack: Any) -> None:
-    stack = make_stack(**faults.SETTINGS, jetstream_max_deliver=3)
+    settings = {**faults.SETTINGS, "jetstream_ack_wait": 10}
+    stack = make_stack(**settings, jetstream_max_deliver=3)
     start(stack)
     events = stack.publish("order.before", 100)
     (killer,) = stack.publish("kill.always")
