@@ -189,7 +189,6 @@ class JetStreamRequest(Request):
             super().on_failure(exc_info, send_failed_event, return_ok)
         finally:
             if not return_ok:  # else the process that ran it has settled it
-                self._app.jetstream.keeper.child_lost(self.worker_pid)
                 error = exc_info.exception
                 if isinstance(error, ExceptionWithTraceback):
                     error = error.exc
@@ -198,6 +197,7 @@ class JetStreamRequest(Request):
                     error, (SystemExit, WorkerLostError)
                 )
                 self.settle(End.CUT_OFF if self._cut_off or stopping else error)
+                self._app.jetstream.keeper.child_lost(self.worker_pid)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         try:
@@ -281,7 +281,7 @@ class Keeper:
     def child_lost(self, pid: int | None) -> None:
         """A child died, and with it the acks that it had gathered: they are sent here again."""
         since = time.monotonic() - CHILD_ACKS_WITHIN
-        for when, child, delivery in self._returned:
+        for when, child, delivery in list(self._returned):  # another thread may append to it
             if child == pid and when > since and delivery is not None:
                 self._settler.settle(delivery, Ack())
 

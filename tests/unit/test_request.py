@@ -15,7 +15,7 @@ from celery.exceptions import TaskRevokedError
 from celery_jetstream import jetstream_handler
 from celery_jetstream.delivery import Delivery
 from celery_jetstream.handlers import HEADER, LEASE
-from celery_jetstream.request import JetStreamRequest
+from celery_jetstream.request import JetStreamRequest, Keeper
 from celery_jetstream.settlement import Nak
 
 
@@ -104,6 +104,24 @@ def test_what_a_child_has_is_not_handed_back_though_the_pool_forgot_it() -> None
     del result
     bench.request.hand_back()
     assert bench.did == ["acknowledged"]
+
+
+def test_a_child_is_lost_while_others_return() -> None:
+    """In a pool with threads another one notes what returns; it once cost a settlement."""
+    acked: list[object] = []
+    settler: Any = SimpleNamespace(settle=lambda delivery, _: acked.append(delivery))
+    connection: Any = SimpleNamespace(config=None)
+    keeper = Keeper(connection, settler, claimant="bench")
+
+    def returned(pid: int) -> None:
+        request: Any = SimpleNamespace(worker_pid=pid, delivery=object())
+        keeper.returned(request)
+
+    for _ in range(100):
+        returned(1)
+    settler.settle = lambda delivery, _: (acked.append(delivery), returned(2))
+    keeper.child_lost(1)
+    assert len(acked) == 100
 
 
 def test_what_no_child_has_is_handed_back() -> None:
