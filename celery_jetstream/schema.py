@@ -153,8 +153,11 @@ def _need_schema(connection: Connection, database: Database[Any]) -> None:
 
 
 def _is_race(error: exc.DBAPIError) -> bool:
+    """Whether another has made the same at the same time: a table, an index, the buckets' rows."""
+    if isinstance(error, exc.IntegrityError) or is_conflict(error):
+        return True
     said = str(error.orig).lower()
-    return is_conflict(error) or any(words in said for words in _RACE)
+    return any(words in said for words in _RACE)
 
 
 def _is_forbidden(error: exc.DBAPIError) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
 from celery import Celery
-from sqlalchemy import MetaData, create_engine, insert, inspect, make_url, select, text
+from sqlalchemy import MetaData, create_engine, event, insert, inspect, make_url, select, text
 from sqlalchemy.pool import NullPool
 
 from celery_jetstream import models
@@ -116,25 +117,51 @@ outbox.close()
 """
 
 
+@contextlib.contextmanager
+def creating(database: Database) -> Iterator[subprocess.Popen]:
+    """A process that creates the tables when told to, and that ends with the test."""
+    command = [sys.executable, "-c", CREATE, database.url]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 class TestTables:
     def test_they_can_be_created_by_processes_and_threads_at_once(
         self, bare: Flushing, database: Database
     ):
-        processes = [
-            subprocess.Popen([sys.executable, "-c", CREATE, database.url], stdin=subprocess.PIPE)
-            for _ in range(2)
-        ]
-        for process in processes:
-            process.stdin.write(b"now\n")
-            process.stdin.close()
         create = bare.outbox.create_tables
-        with Threads(*[create] * 4):
-            pass
-        assert [process.wait(30) for process in processes] == [0, 0]
+        with contextlib.ExitStack() as running:
+            processes = [
+                running.enter_context(creating(database)),
+                running.enter_context(creating(database)),
+            ]
+            for process in processes:
+                process.stdin.write(b"now\n")
+                process.stdin.close()
+            with Threads(*[create] * 4):
+                pass
+            assert [process.wait(30) for process in processes] == [0, 0]
         assert bare.outbox.differences() == []
         buckets = bare.outbox.database.tables.buckets
         with bare.engine.connect() as connection:
             assert len(connection.scalars(select(buckets.c.bucket)).all()) == models.BUCKETS
+
+    def test_another_may_make_the_rows_between_our_look_and_our_insert(self, tabled: Flushing):
+        buckets = tabled.outbox.database.tables.buckets
+        tabled.sql(f"DELETE FROM {buckets.name}")
+        another = [tabled.outbox.create_tables]
+
+        def be_first(_conn: object, _cursor: object, statement: str, *_: object) -> None:
+            if statement.startswith("INSERT") and another:
+                another.pop()()
+
+        event.listen(tabled.outbox.database.engine, "before_cursor_execute", be_first)
+        tabled.outbox.create_tables()
+        assert another == []
+        assert tabled.sql(f"SELECT count(*) FROM {buckets.name}") == [(models.BUCKETS,)]
 
     def test_what_is_missing_is_added(self, tabled: Flushing):
         tabled.sql(f"DROP TABLE {tabled.table.name}_holds")
