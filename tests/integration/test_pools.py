@@ -22,7 +22,7 @@ ACK_WAIT = 2.0
 #: Longer than two ack_waits: kept in progress, or delivered again.
 LONG = 4.5
 #: Seconds that a worker may take to end: what runs, what is confirmed, Celery's own.
-STOP = 20.0
+STOP = 45.0  # CeleryProcess.stop() says why
 
 pytestmark = pytest.mark.timeout(120)
 
