@@ -250,7 +250,8 @@ class _Run:
         return moved and not self._over and not self._breaker.is_open(EVERYTHING)
 
     def _progress(self) -> object:
-        return {**asdict(self._counts), "left": 0}, len(self._found)
+        """What a sweep may change so that the next finds more; also what it learned is stuck."""
+        return {**asdict(self._counts), "left": 0}, len(self._found), len(self._failed)
 
     def _is_connected(self) -> bool:
         connection = self._flusher.connection

@@ -231,6 +231,24 @@ def test_a_subject_that_is_stuck_stops_no_other(
 
 
 @on_sqlite
+def test_a_sweep_that_has_only_found_a_subject_stuck_is_followed_by_another(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a slow machine a sweep's time is over before it has come to the others."""
+    monkeypatch.setattr(flusher, "SWEEP", 0.0)
+    flushing = make(jetstream_outbox_batch_size=100)
+    limits = {"max_msgs": 1, "discard": "new"}
+    flushing.make_stream(f"{flushing.stream}-full", flushing.other, **limits)
+    flushing.write("z", subject=flushing.other)
+    assert flushing.drain().sent == 1
+    flushing.fill(1000, keys=500, subject=flushing.other)
+    flushing.fill(50, keys=10)
+    result = flushing.drain()
+    assert result.sent == 50
+    assert result.outage
+
+
+@on_sqlite
 def test_a_stream_that_is_full_has_its_rows_wait(make: Make, quick: None) -> None:
     flushing = make()
     flushing.update_stream(max_msgs=10, discard="new")
