@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import ctypes
 import json
 import os
@@ -37,6 +38,7 @@ class CeleryProcess:
                 env={**os.environ, **environment},
                 cwd=ROOT,
                 preexec_fn=_end_with_the_parent,
+                start_new_session=True,  # a group of its own: see end()
             )
 
     @property
@@ -53,6 +55,12 @@ class CeleryProcess:
     def kill(self) -> None:
         """SIGKILL, and wait for its end (a pool's children end with their parent)."""
         self.process.kill()
+        self.process.wait(10)
+
+    def end(self) -> None:
+        """SIGKILL to it and to what it has started: beat (``-B``) outlives a worker's SIGKILL."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
         self.process.wait(10)
 
     def stop(self, timeout: float = 45) -> int:
@@ -174,9 +182,7 @@ class Stack:
 
     def close(self) -> None:
         for process in self._processes:
-            if process.process.poll() is None:
-                process.process.send_signal(signal.SIGCONT)
-                process.kill()
+            process.end()
         self.hub.close()
 
     # -- what happened ---------------------------------------------------------------------------

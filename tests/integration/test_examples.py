@@ -61,8 +61,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
     yield begin
     for process in running:
-        if process.process.poll() is None:
-            process.kill()
+        process.end()
 
 
 def processes_of(environment: dict[str, str]) -> list[int]:
