@@ -128,6 +128,7 @@ class Config:
     outbox_retention: float = _setting(
         86400.0, readers.seconds("0s", "36500d"), '"1d", or 0 to delete what is sent'
     )
+    outbox_atomic: bool = _setting(False, readers.flag, "True")
     outbox_on_failure: str = _setting("park", readers.choice("park", "skip"), '"park"')
     outbox_max_attempts: int = _setting(10, readers.whole(1, 1_000_000), "10")
     outbox_max_age: float = _setting(3600.0, readers.seconds("0s", "36500d"), '"1h"')

@@ -353,6 +353,7 @@ class JetStream:
             num_replicas=config.num_replicas,
             duplicate_window=config.duplicate_window,
             max_age=config.max_age,
+            allow_atomic=config.outbox_atomic,
         )
         consumer = specs.ConsumerSpec(
             stream=config.stream_name,

@@ -13,7 +13,8 @@ import json
 import logging
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 from sqlalchemy import Connection as DatabaseConnection
 from sqlalchemy.exc import SQLAlchemyError
 
-from . import signals, subjects
+from . import signals, subjects, transactions
 from .breaker import EVERYTHING, Breaker
 from .config import Config
 from .connection import Connection
@@ -43,8 +44,9 @@ logger = logging.getLogger(__name__)
 
 #: Seconds that a flush waits for a connection to NATS; an outage is the breaker's business.
 CONNECT_TIMEOUT = 3.0
-#: Seconds for the answers to one batch, and for each further row.
-PUBLISH_TIMEOUT, PER_ROW = 5.0, 0.0005
+#: Seconds for the answers to one batch, for each further row, and for each transaction that is an
+#: atomic batch: the server takes some milliseconds for one, on a slow disk many.
+PUBLISH_TIMEOUT, PER_ROW, PER_TRANSACTION = 5.0, 0.0005, 0.03
 #: Seconds after which reading begins again at the first row: others have become due, or were
 #: committed.
 SWEEP = 1.0
@@ -154,6 +156,21 @@ class Flusher:
 class _Batch:
     rows: list[Any] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
+    #: Transactions that may go as one, and how many rows each has.
+    whole: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def transactions(self) -> list[str | None] | None:
+        """What tells the pipeline which of them are one batch: those whose rows are all here."""
+        if not self.whole:
+            return None
+        here = Counter(row.transaction_id for row in self.rows)
+        return [
+            row.transaction_id
+            if self.whole.get(row.transaction_id) == here[row.transaction_id]
+            else None
+            for row in self.rows
+        ]
 
     @property
     def keys(self) -> list[str | None]:
@@ -272,6 +289,7 @@ class _Sweep:
         self._breaker = run._breaker
         self._lease = run._lease
         self._rows = run._rows
+        self._atomic = run._config.outbox_atomic
         self._database = database
         self._ends = time.monotonic() + SWEEP
         self._buckets = None if run._lease.buckets == ALL_BUCKETS else run._lease.buckets
@@ -281,6 +299,7 @@ class _Sweep:
         self._without: set[str] = set()
         self._first: set[int] = set()
         self._ahead: list[int] | None = None
+        self._members: Sequence[Any] = ()
         self._finished = False
 
     def go(self) -> None:
@@ -334,7 +353,7 @@ class _Sweep:
     def _read(self, *, first: bool = False) -> _Batch | None:
         """The next rows that may go; None where there are no more in this sweep."""
         limit = self._run._config.outbox_batch_size
-        if self._breaker.is_trying(EVERYTHING):
+        if self._breaker.is_trying(EVERYTHING) and not self._atomic:
             limit = 1
         while not self._finished:
             self._without.update(self._breaker.open_names)
@@ -347,9 +366,10 @@ class _Sweep:
     def _look(self, limit: int) -> Sequence[Any]:
         buckets, without = self._buckets, self._without
         found = self._rows.at_once(self._database, buckets, limit, without)
-        self._first = {row.id for row in found}
-        self._finished = len(found) < limit
-        return [*found, *self._rows.later(self._database, buckets, limit, without)]
+        taken = self._together(found, limit) if self._atomic else found
+        self._first = {row.id for row in taken}
+        self._finished = len(found) < limit and len(taken) == len(found)
+        return [*taken, *self._rows.later(self._database, buckets, limit, without)]
 
     def _look_on(self, limit: int) -> Sequence[Any]:
         """The next rows of those that were there in one moment.
@@ -363,18 +383,34 @@ class _Sweep:
             self._ahead = [row_id for row_id in reversed(ids) if row_id not in self._first]
         ids = self._ahead[: -limit - 1 : -1]
         del self._ahead[-limit:]
+        found = self._rows.these(self._database, ids, self._without) if ids else []
+        if self._atomic and found:
+            found = self._together(found, limit, last=not self._ahead)
+            if self._ahead:  # else the rest is the next sweep's
+                self._ahead += [row_id for row_id in reversed(ids) if row_id > found[-1].id]
         self._finished = not self._ahead or time.monotonic() > self._ends
-        return self._rows.these(self._database, ids, self._without) if ids else []
+        return found
+
+    def _together(self, found: Sequence[Any], limit: int, *, last: bool = False) -> Sequence[Any]:
+        """The first of these rows, as many as part no transaction; the rest comes later."""
+        named = {row.transaction_id for row in found} - {None}
+        self._members = self._rows.members(self._database, named) if named else ()
+        if self._breaker.is_trying(EVERYTHING):
+            return found[: transactions.first(found, self._members)]
+        buckets = self._lease.buckets
+        return found[: transactions.end(found, self._members, buckets, limit, last=last)]
 
     def _batch(self, found: Sequence[Any]) -> _Batch | None:
         held = [row.id for row in found if _key(row) in self._held]
         if held:
             self._rows.wait(self._database, held)
             found = [row for row in found if _key(row) not in self._held]
-        batch, ahead = _Batch(), set(self._flying)
-        for row in self._admitted(found):
+        whole = transactions.whole(found, self._members) if self._members else {}
+        batch, ahead = _Batch(whole=whole), set(self._flying)
+        held_up = self._hold_up(found, whole)
+        for row in self._admitted(found, whole):
             key = _key(row)
-            if row.ordering_key and key in self._blocked:
+            if row.transaction_id in held_up or (row.ordering_key and key in self._blocked):
                 continue
             try:
                 batch.messages.append(message_of(row))
@@ -392,23 +428,39 @@ class _Sweep:
         """Without the rows of keys of which an earlier one was not stored."""
         if batch is None or not self._blocked:
             return batch
-        free = _Batch()
+        free = _Batch(whole=batch.whole)
+        held_up = self._hold_up(batch.rows, batch.whole)
         for row, message in zip(batch.rows, batch.messages, strict=True):
+            if row.transaction_id in held_up:
+                continue
             if not row.ordering_key or _key(row) not in self._blocked:
                 free.rows.append(row)
                 free.messages.append(message)
         return free if free.rows else self._read()
 
-    def _admitted(self, rows: Sequence[Any]) -> Iterator[Any]:
-        """Of a subject that failed, one row only: it is being tried.
+    def _hold_up(self, rows: Sequence[Any], whole: Collection[str]) -> set[str]:
+        """The transactions that go as one and of which a key is blocked; blocks all their keys."""
+        if not whole or not self._blocked:
+            return set()
+        held_up = transactions.held_up(rows, whole, self._blocked)
+        self._blocked.update(_key(row) for row in rows if row.transaction_id in held_up)
+        return held_up
+
+    def _admitted(self, rows: Sequence[Any], whole: Collection[str]) -> Iterator[Any]:
+        """Of a subject that failed, one row only (or one transaction): it is being tried.
 
         The sweep passes over the others, and to the end over all that follow: they may have
         their keys.
         """
+        trying = set[str]()
         for row in rows:
             if row.subject not in self._without:
                 if self._breaker.is_trying(row.subject):
                     self._without.add(row.subject)
+                    if row.transaction_id in whole:
+                        trying.add(row.transaction_id)
+                yield row
+            elif row.transaction_id in trying:
                 yield row
 
     # -- publish ---------------------------------------------------------------------------------
@@ -420,10 +472,17 @@ class _Sweep:
             logger.warning("a lease of the outbox was lost: this process stood still")
             return None
         self._flying = {_key(row) for row in batch.rows}
-        timeout = min(PUBLISH_TIMEOUT + PER_ROW * len(batch.rows), lease.left * (1 - RESERVE))
+        together = batch.transactions
+        patience = PUBLISH_TIMEOUT + PER_ROW * len(batch.rows)
+        patience += PER_TRANSACTION * len(set(together or ()))
+        timeout = min(patience, lease.left * (1 - RESERVE))
         signals.outbox_claimed.send(sender=self._flusher, rows=batch.rows)
         return self._flusher.connection.submit(
-            self._flusher.publisher.attempt, batch.messages, batch.keys, timeout
+            self._flusher.publisher.attempt,
+            batch.messages,
+            batch.keys,
+            timeout,
+            together,
         )
 
     def _heed(self, batch: _Batch, results: Sequence[PublishResult]) -> None:

@@ -152,6 +152,8 @@ class OutboxMixin:
         subject: where it is published.
         ordering_key: events with one key and subject are published in order; ``""`` for none.
         bucket: see :func:`bucket_of`.
+        transaction_id: with ``jetstream_outbox_atomic``: what the rows that one transaction wrote,
+            and that may go at once, have in common; else null.
         on_failure: ``park``: given up, its key waits for it; ``skip``: the key goes on.
         headers: the producer's, as a JSON object.
         body: the bytes that are published.
@@ -173,6 +175,7 @@ class OutboxMixin:
     subject: Mapped[str] = mapped_column(String(255), nullable=False)
     ordering_key: Mapped[str] = mapped_column(String(255), nullable=False)
     bucket: Mapped[int] = mapped_column(SmallInteger, nullable=False)
+    transaction_id: Mapped[str | None] = mapped_column(String(32), nullable=True)
     on_failure: Mapped[str] = mapped_column(String(8), nullable=False)
     headers: Mapped[str] = mapped_column(LONG_TEXT, nullable=False)
     body: Mapped[bytes] = mapped_column(BYTES, nullable=False)
@@ -188,6 +191,7 @@ class OutboxMixin:
     def __table_args__(cls) -> tuple[Any, ...]:  # noqa: N805
         name = cls.__tablename__  # type: ignore[attr-defined]
         pending = text("status = 'pending'")
+        together = text("transaction_id IS NOT NULL")
         return (
             CheckConstraint(f"status IN {STATUSES}", name=f"ck_{name}_status"),
             CheckConstraint("on_failure IN ('park', 'skip')", name=f"ck_{name}_on_failure"),
@@ -211,6 +215,12 @@ class OutboxMixin:
                 "status",
                 "finished_at",
                 postgresql_where=text("status <> 'pending'"),
+            ),
+            Index(
+                f"ix_{name}_transaction",
+                "transaction_id",
+                postgresql_where=together,
+                sqlite_where=together,
             ),
             {**IN_MYSQL, **IN_SQLITE, **cls.__outbox_args__},
         )

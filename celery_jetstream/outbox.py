@@ -31,6 +31,7 @@ from .outbox_admin import OutboxAdmin
 from .outcomes import Message, PublishResult, Verdict
 from .publisher import Publisher
 from .sqltypes import db_now
+from .transactions import transaction_id
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
@@ -250,6 +251,8 @@ class Outbox(OutboxAdmin):
         if not isinstance(session, DatabaseConnection):  # a session's execute() flushes, from 2.1
             connection = session.connection(bind_arguments={"clause": table})
         with self.database.tables_there(connection):
+            if self._config.outbox_atomic:
+                blocks = _marked(blocks, transaction_id(connection))
             for due_at, rows in blocks:
                 statement: Any = self._insert(due_at)
                 if len(rows) > 1 and connection.dialect.insert_executemany_returning:
@@ -302,6 +305,16 @@ def _is_asynchronous(session: Any) -> bool:
     return found is not None and isinstance(
         session, (found.AsyncSession, found.async_scoped_session, found.AsyncConnection)
     )
+
+
+def _marked(blocks: list[Block], transaction: str) -> list[Block]:
+    """With what the rows of a transaction have in common; what is due later goes by itself."""
+    return [
+        (due_at, [{**row, "transaction_id": transaction} for row in rows])
+        if due_at is AT_ONCE
+        else (due_at, rows)
+        for due_at, rows in blocks
+    ]
 
 
 _delay = readers.seconds("0s", "36500d")

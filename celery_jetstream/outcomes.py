@@ -7,15 +7,23 @@ Receives a message and the server's answer (or what came instead of one); hands 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
 from .events import Event
 from .exceptions import EventError, NoResponders, PublishError
 
-__all__ = ("Message", "PublishResult", "Verdict", "answered", "failed", "verdict_of")
+__all__ = (
+    "Message",
+    "PublishResult",
+    "Verdict",
+    "answered",
+    "batch_answered",
+    "failed",
+    "verdict_of",
+)
 
 
 class Verdict(str, Enum):
@@ -167,6 +175,38 @@ def answered(message: Message, answer: bytes) -> PublishResult:
         bool(ack.get("duplicate")),
         verdict=Verdict.STORED,
     )
+
+
+def batch_answered(
+    messages: Sequence[Message], batch: str, answer: bytes
+) -> list[PublishResult] | None:
+    """What the answer to the last message of an atomic batch says of all of them.
+
+    Args:
+        messages: of the batch, in its order.
+        batch: its ``Nats-Batch-Id``.
+        answer: to the last one.
+
+    Returns:
+        A result for each; None where the batch was refused, and each may be sent by itself. Also
+        where the answer does not name the batch: an old server took each message for itself.
+    """
+    last = answered(messages[-1], answer)
+    if last.success and json.loads(answer).get("batch") == batch and last.sequence:
+        first = last.sequence - len(messages) + 1
+    elif last.transient:
+        first = None
+    else:
+        return None
+    return [
+        replace(
+            last,
+            event_id=message.event_id,
+            subject=message.subject,
+            sequence=None if first is None else first + place,
+        )
+        for place, message in enumerate(messages)
+    ]
 
 
 def failed(

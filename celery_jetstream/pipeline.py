@@ -8,13 +8,14 @@ what is transient.
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections import deque
 from collections.abc import Sequence
 
 from nats.aio.msg import Msg
 
 from .exceptions import NotConnectedError
-from .outcomes import Message, PublishResult, Verdict, answered, failed
+from .outcomes import Message, PublishResult, Verdict, answered, batch_answered, failed
 from .session import Session
 
 __all__ = ("WINDOW", "send_pipelined")
@@ -28,6 +29,7 @@ async def send_pipelined(
     messages: Sequence[Message],
     *,
     keys: Sequence[str | None] | None = None,
+    batches: Sequence[str | None] | None = None,
     timeout: float,
     window: int = WINDOW,
 ) -> list[PublishResult]:
@@ -41,10 +43,33 @@ async def send_pipelined(
         session: the live session, of this loop.
         messages: what to send; subjects and headers are validated.
         keys: the key of each message; without it no message waits for another.
+        batches: messages that share one (other than None) are one atomic batch of JetStream's,
+            sent when all of them may be; where the server refuses it, each goes by itself. No
+            other message of their keys may be between them.
         timeout: seconds for all of them; what is not answered then is an outage.
         window: how many may be unanswered at a time.
     """
-    return await _Pipeline(session, messages, keys, window).run(timeout)
+    return await _Pipeline(session, messages, keys, batches, window).run(timeout)
+
+
+class _Batch:
+    """Messages that JetStream is to store all or none: their indices, in order."""
+
+    def __init__(self, name: str) -> None:
+        self.name = f"{name}-{secrets.token_hex(4)}"  # of one attempt: another may be half there
+        self.places: dict[int, int] = {}
+        self.waiting = 0
+
+    def add(self, index: int) -> None:
+        self.places[index] = len(self.places) + 1
+        self.waiting += 1
+
+    def ends_with(self, index: int) -> bool:
+        return self.places[index] == len(self.places)
+
+    def headers(self, index: int) -> dict[str, str]:
+        headers = {"Nats-Batch-Id": self.name, "Nats-Batch-Sequence": str(self.places[index])}
+        return {**headers, "Nats-Batch-Commit": "1"} if self.ends_with(index) else headers
 
 
 class _Pipeline:
@@ -55,6 +80,7 @@ class _Pipeline:
         session: Session,
         messages: Sequence[Message],
         keys: Sequence[str | None] | None,
+        batches: Sequence[str | None] | None,
         window: int,
     ) -> None:
         self._session = session
@@ -62,8 +88,12 @@ class _Pipeline:
         self._window = window
         self._results: list[PublishResult | None] = [None] * len(messages)
         self._after = {} if keys is None else _successors(keys)
-        behind = set(self._after.values())
-        self._ready = deque(index for index in range(len(messages)) if index not in behind)
+        self._batches = {} if batches is None else _batches(batches)
+        self._ready: deque[int] = deque()
+        behind = {after for before, after in self._after.items() if self._frees(before)}
+        for index in range(len(messages)):
+            if index not in behind:
+                self._release(index)
         self._flying: dict[str, int] = {}
         self._answers: list[tuple[str, Msg | NotConnectedError]] = []
         self._news = asyncio.Event()
@@ -111,16 +141,38 @@ class _Pipeline:
             and not self._session.full
         )
 
-    def _post(self, index: int) -> bool:
-        message = self._messages[index]
-        try:
-            token = self._session.post(
-                message.subject, message.body, message.headers, self._on_answer
-            )
-        except (ValueError, TypeError, AttributeError) as error:  # not text, or not to be encoded
-            self._results[index] = failed(message, Verdict.REFUSED, str(error))
+    def _frees(self, index: int) -> bool:
+        """Whether the next of its key is one for itself, and not of the same batch."""
+        if index not in self._after:
             return False
-        self._flying[token] = index
+        batch = self._batches.get(index)
+        return batch is None or batch is not self._batches.get(self._after[index])
+
+    def _release(self, index: int) -> None:
+        """None of its key is before it; of a batch, all are sent when that is so for all."""
+        batch = self._batches.get(index)
+        if batch is None:
+            self._ready.append(index)
+            return
+        batch.waiting -= 1
+        if not batch.waiting:
+            self._ready.extend(batch.places)
+
+    def _post(self, index: int) -> bool:
+        message, batch = self._messages[index], self._batches.get(index)
+        headers = message.headers if batch is None else {**message.headers, **batch.headers(index)}
+        answered_now = batch is None or batch.ends_with(index)
+        on_answer = self._on_answer if answered_now else None
+        try:
+            token = self._session.post(message.subject, message.body, headers, on_answer)
+        except (ValueError, TypeError, AttributeError) as error:  # not text, or not to be encoded
+            if batch is None:
+                self._results[index] = failed(message, Verdict.REFUSED, str(error))
+            else:
+                self._dissolve(batch)
+            return False
+        if answered_now:
+            self._flying[token] = index
         return True
 
     def _on_answer(self, token: str, answer: Msg | NotConnectedError) -> None:
@@ -135,21 +187,45 @@ class _Pipeline:
         for token, answer in self._answers:
             index = self._flying.pop(token)
             message = self._messages[index]
-            if isinstance(answer, NotConnectedError):
-                result = failed(message, answer)
+            if batch := self._batches.get(index):
+                self._take_batch(batch, answer)
+            elif isinstance(answer, NotConnectedError):
+                self._settle(index, failed(message, answer))
             else:
-                result = answered(message, answer.data)
-            self._results[index] = result
-            if result.verdict is Verdict.STORED and index in self._after:
-                self._ready.append(self._after[index])
+                self._settle(index, answered(message, answer.data))
         self._answers.clear()
+
+    def _take_batch(self, batch: _Batch, answer: Msg | NotConnectedError) -> None:
+        messages = [self._messages[index] for index in batch.places]
+        if isinstance(answer, NotConnectedError):
+            results: list[PublishResult] | None = [failed(one, answer) for one in messages]
+        else:
+            results = batch_answered(messages, batch.name, answer.data)
+        if results is None:
+            self._dissolve(batch)
+            return
+        for index, result in zip(batch.places, results, strict=True):
+            self._settle(index, result)
+
+    def _settle(self, index: int, result: PublishResult) -> None:
+        self._results[index] = result
+        if result.verdict is Verdict.STORED and self._frees(index):
+            self._release(self._after[index])
+
+    def _dissolve(self, batch: _Batch) -> None:
+        """Has each of its messages sent by itself."""
+        for index in batch.places:
+            del self._batches[index]
+        self._ready = deque(index for index in self._ready if index not in batch.places)
+        behind = {self._after[index] for index in batch.places if index in self._after}
+        self._ready.extend(index for index in batch.places if index not in behind)
 
     def _complete(self) -> list[PublishResult]:
         """Gives those a result that have none: they were not answered, or not sent."""
         results: list[PublishResult] = []
-        behind = set()
+        behind = set[int]()
         for index, (message, result) in enumerate(zip(self._messages, self._results, strict=True)):
-            if result is None and index in behind:
+            if result is None and self._is_behind(index, behind):
                 why = "not sent: an earlier message with the same key was not stored"
                 result = failed(message, Verdict.BEHIND, why)
             elif result is None:
@@ -158,6 +234,23 @@ class _Pipeline:
             if result.verdict is not Verdict.STORED and index in self._after:
                 behind.add(self._after[index])
         return results
+
+    def _is_behind(self, index: int, behind: set[int]) -> bool:
+        batch = self._batches.get(index)
+        return index in behind if batch is None else batch.waiting > 0
+
+
+def _batches(names: Sequence[str | None]) -> dict[int, _Batch]:
+    """For each message of a batch, the batch."""
+    batches: dict[str, _Batch] = {}
+    of_index = {}
+    for index, name in enumerate(names):
+        if name is not None:
+            if name not in batches:
+                batches[name] = _Batch(name)
+            batches[name].add(index)
+            of_index[index] = batches[name]
+    return of_index
 
 
 def _successors(keys: Sequence[str | None]) -> dict[int, int]:

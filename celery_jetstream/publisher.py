@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -17,16 +18,22 @@ from typing import Any
 from . import events, subjects
 from .config import Config
 from .connection import Connection
-from .exceptions import ConnectionRefusedByServer, EventError, NotConnectedError
+from .exceptions import ConnectionRefusedByServer, EventError, NoResponders, NotConnectedError
 from .headers import validate_headers, wire_size
 from .outcomes import Message, PublishResult, Verdict, failed
 from .pipeline import send_pipelined
+from .session import Session
 
 __all__ = ("Message", "PublishResult", "Publisher")
+
+logger = logging.getLogger(__name__)
 
 #: Seconds that one attempt waits for the answers of one window.
 ATTEMPT_TIMEOUT = 5.0
 RETRY_DELAY = (0.1, 2.0)
+#: Seconds to wait for what the stream is like.
+ASK_TIMEOUT = 2.0
+STREAM_NOT_FOUND = 10059
 
 
 class Publisher:
@@ -38,6 +45,8 @@ class Publisher:
         self._config = config
         self._connection = connection
         self._on_no_stream = on_no_stream
+        self._asked: Session | None = None
+        self._atomic = self._told = False
 
     def message(
         self,
@@ -106,15 +115,21 @@ class Publisher:
             delay = min(most, delay * 2)
 
     async def attempt(
-        self, messages: Sequence[Message], keys: Sequence[str | None] | None, timeout: float
+        self,
+        messages: Sequence[Message],
+        keys: Sequence[str | None] | None,
+        timeout: float,
+        batches: Sequence[str | None] | None = None,
     ) -> list[PublishResult]:
         """Sends each once, in order for each key; see :func:`~.pipeline.send_pipelined`.
+
+        Where the stream takes no atomic batches, ``batches`` are left out of account.
 
         Runs in the loop thread. Never raises for the broker's sake; a server that refuses our
         credentials is an outage here, since no message is at fault.
         """
         try:
-            return await self._attempt(messages, keys, timeout, timeout)
+            return await self._attempt(messages, keys, timeout, timeout, batches)
         except NotConnectedError as error:
             return [failed(message, error) for message in messages]
 
@@ -133,12 +148,56 @@ class Publisher:
         keys: Sequence[str | None] | None,
         timeout: float,
         patience: float,
+        batches: Sequence[str | None] | None = None,
     ) -> list[PublishResult]:
         """``timeout`` is for all of it, ``patience`` for the answers once there is a session."""
         end = time.monotonic() + timeout
         session = await self._connection.session(max(0.001, timeout))
+        if batches is not None and not await self._takes_batches(session, end - time.monotonic()):
+            batches = None
         left = max(0.001, min(end - time.monotonic(), patience))
-        return await send_pipelined(session, messages, keys=keys, timeout=left)
+        return await send_pipelined(session, messages, keys=keys, batches=batches, timeout=left)
+
+    async def _takes_batches(self, session: Session, timeout: float) -> bool:
+        """Whether the stream takes atomic batches; asked once for each session.
+
+        Raises:
+            NotConnectedError: JetStream cannot say now.
+        """
+        if self._asked is session:
+            return self._atomic
+        try:
+            config = await asyncio.wait_for(
+                self._stream_config(session), min(ASK_TIMEOUT, timeout / 2)
+            )
+        except NoResponders:
+            return False  # what we publish to is another account's
+        except asyncio.TimeoutError:
+            if not session.denied:
+                raise NotConnectedError("JetStream does not say what the stream is like") from None
+            config = {}  # our user may not ask
+        self._asked, self._atomic = session, bool(config.get("allow_atomic"))
+        if not self._atomic and not self._told:
+            self._told = True
+            logger.warning(
+                "jetstream_outbox_atomic is on, but stream %s takes no atomic batches (that needs "
+                "nats-server 2.12, and allow_atomic): events are published one by one",
+                self._config.stream_name,
+            )
+        return self._atomic
+
+    async def _stream_config(self, session: Session) -> dict[str, Any]:
+        """The stream's; without atomic batches, when it has been made sure of where it is ours."""
+        subject = f"$JS.API.STREAM.INFO.{self._config.stream_name}"
+        answer = json.loads((await session.ask(subject)).data)
+        if not answer.get("config", {}).get("allow_atomic"):
+            await self._on_no_stream()
+            answer = json.loads((await session.ask(subject)).data)
+        error = answer.get("error", {})
+        if error and error.get("err_code") != STREAM_NOT_FOUND:
+            raise NotConnectedError(f"JetStream answered {error}")
+        config: dict[str, Any] = answer.get("config", {})
+        return config
 
     async def has_stream(self, subject: str) -> bool:
         """Whether a stream takes a subject, made just now where that is our business.

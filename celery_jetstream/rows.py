@@ -19,6 +19,7 @@ from sqlalchemy import (
     Connection,
     Row,
     Select,
+    String,
     and_,
     any_,
     bindparam,
@@ -98,6 +99,7 @@ class Rows:
             columns.subject,
             columns.ordering_key,
             columns.bucket,
+            columns.transaction_id,
             columns.on_failure,
             columns.headers,
             columns.body,
@@ -169,6 +171,21 @@ class Rows:
         columns = self.table.c
         found = self._reading(buckets, without).where(self._later)
         return connection.execute(found.order_by(columns.due_at, columns.id).limit(limit)).all()
+
+    def members(self, connection: Connection, transactions: Collection[str]) -> Sequence[Row[Any]]:
+        """All rows that some transactions wrote, and whether each may still go at once.
+
+        Not what was cancelled: the rest can do without it.
+        """
+        columns, these = self.table.c, sorted(transactions)
+        if connection.dialect.name == "postgresql":
+            some = columns.transaction_id == any_(bindparam("these", these, ARRAY(String)))
+        else:
+            some = columns.transaction_id.in_(these)
+        waits = case((and_(self._pending, self._at_once), 1), else_=0).label("waits")
+        wanted: tuple[Any, ...] = (columns.id, columns.transaction_id, columns.bucket, waits)
+        published = columns.status != literal_column("'cancelled'")
+        return connection.execute(select(*wanted).where(some, published)).all()
 
     def _reading(self, buckets: Collection[int] | None, without: Collection[str]) -> Select[Any]:
         mine = true() if buckets is None else self.table.c.bucket.in_(sorted(buckets))

@@ -50,6 +50,8 @@ class Session:
         self.client = client
         self.lost: asyncio.Event = asyncio.Event()
         self.error: BaseException | None = None
+        #: Our user was not allowed something; what it asked for is not answered.
+        self.denied = False
         self._check = asyncio.Event()
         self._waiting: dict[str, OnAnswer] = {}
         self._tokens = itertools.count()
@@ -132,12 +134,13 @@ class Session:
         return future
 
     def post(
-        self, subject: str, payload: bytes, headers: Mapping[str, str], on_answer: OnAnswer
+        self, subject: str, payload: bytes, headers: Mapping[str, str], on_answer: OnAnswer | None
     ) -> str:
         """Lays a message ready to be sent, and returns its token; :meth:`flush` sends it.
 
         For many messages: no future and no task for each, and one write for all of them.
-        ``on_answer`` is called once with the token, unless :meth:`forget` comes first.
+        ``on_answer`` is called once with the token, unless :meth:`forget` comes first; with None no
+        answer is asked for.
 
         Raises:
             EventError: the server would not take it; sent, it would cost the connection.
@@ -147,8 +150,10 @@ class Session:
             raise NotConnectedError("the NATS connection was lost")
         token = str(next(self._tokens))
         limit = self.client.max_payload
-        self.client.put(_frame(subject, self._prefix + token, payload, headers, limit))
-        self._waiting[token] = on_answer
+        reply = "" if on_answer is None else self._prefix + token
+        self.client.put(_frame(subject, reply, payload, headers, limit))
+        if on_answer is not None:
+            self._waiting[token] = on_answer
         return token
 
     @property
@@ -246,6 +251,7 @@ class Session:
         self.error = error
         self._check.set()
         if "permissions violation" in str(error).lower():
+            self.denied = True
             logger.error("NATS denied an operation: %s", error)
 
     async def _on_lost(self) -> None:

@@ -30,6 +30,7 @@ class StreamSpec:
         num_replicas: None is 1 on a new stream and as found on an existing one.
         duplicate_window: Seconds; None is the server's 120 on a new stream, else as found.
         max_age: Seconds, 0 is for ever; None is for ever on a new stream, else as found.
+        allow_atomic: Whether it shall take atomic batches, where the server can; else as found.
     """
 
     name: str
@@ -37,6 +38,7 @@ class StreamSpec:
     num_replicas: int | None = None
     duplicate_window: float | None = None
     max_age: float | None = None
+    allow_atomic: bool = False
 
     def wanted(self, found: Configuration) -> Configuration:
         """The fields that we ask for; None is one that must not be set."""
@@ -49,6 +51,8 @@ class StreamSpec:
         }
         if self.num_replicas is not None:
             wanted["num_replicas"] = self.num_replicas
+        if self.allow_atomic:
+            wanted["allow_atomic"] = True
         if self.duplicate_window is not None:
             wanted["duplicate_window"] = _nanoseconds(self.duplicate_window)
         if self.max_age is not None:

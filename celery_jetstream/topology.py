@@ -16,6 +16,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from .exceptions import NotConnectedError, SubjectOverlapError, TopologyError
@@ -58,6 +59,7 @@ _LOOK_AGAIN = frozenset(
         10009,  # not the leader
     }
 )
+_ATOMIC = ("stream", "allow_atomic")
 _FILTER_TAKEN = frozenset({10099, 10100})
 _ADVICE = {
     503: "nobody answers: JetStream is not enabled on this server; start it with -js",
@@ -82,7 +84,8 @@ async def ensure(
 ) -> Plan:
     """Bring stream and consumer to what is wanted; do nothing where they are.
 
-    Safe to run in any number of processes at once.
+    Safe to run in any number of processes at once. ``allow_atomic`` is asked for and not insisted
+    on: a server before 2.12 ignores it, and some configurations cannot have it.
 
     Args:
         api: Calls JetStream's API.
@@ -112,7 +115,7 @@ async def ensure(
             first, silent = first or current, 0
             if current.changed:
                 quiet, obstacle, before = 0, f"others undo this:\n{current}", ignored
-                ignored = await _apply(api, current, consumer)
+                stream, ignored = _conceded(stream, await _apply(api, current, consumer))
                 if twice := before & ignored:  # once may be another's update in between
                     await _raise_ignored(api, stream.name, current, twice)
             else:
@@ -121,7 +124,7 @@ async def ensure(
                     return first
         except _RefusedError as refusal:
             if refusal.code not in _LOOK_AGAIN:
-                raise
+                stream = _reduced(stream, refusal)
             obstacle = str(refusal)
         except NotConnectedError as error:
             silent += 1
@@ -210,6 +213,20 @@ async def _apply(api: Api, current: Plan, consumer: ConsumerSpec | None) -> Igno
             answer = await _apply_consumer(api, change, consumer)
         ignored |= change.not_echoed(answer["config"])
     return ignored
+
+
+def _conceded(stream: StreamSpec, ignored: Ignored) -> tuple[StreamSpec, Ignored]:
+    """Without the atomic batches that the server does not know, and the rest of what it ignored."""
+    if _ATOMIC in ignored:
+        stream = replace(stream, allow_atomic=False)
+    return stream, ignored - {_ATOMIC}
+
+
+def _reduced(stream: StreamSpec, refusal: _RefusedError) -> StreamSpec:
+    """What to ask for after a refusal: it may have been for the atomic batches; else raises it."""
+    if not stream.allow_atomic:
+        raise refusal
+    return replace(stream, allow_atomic=False)
 
 
 async def _apply_consumer(api: Api, change: Change, spec: ConsumerSpec) -> dict[str, Any]:

@@ -185,6 +185,88 @@ def test_no_messages(pipeline: Pipeline, keys: Keys | None) -> None:
     assert not pipeline.session()._waiting
 
 
+# ── atomic batches ───────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def atomic(pipeline: Pipeline) -> Pipeline:
+    pipeline.update(allow_atomic=True)
+    return pipeline
+
+
+@pytest.mark.parametrize("window", [1, 256])
+def test_batches_keep_the_order_of_keys(atomic: Pipeline, window: int) -> None:
+    count = 600
+    keys: Keys = [f"k{number * 7 % 11}" if number % 5 else None for number in range(count)]
+    batches: Keys = [f"b{number // 4}" if number % 20 < 16 else None for number in range(count)]
+    results = atomic.send(atomic.messages(count), keys, batches=batches, window=window)
+    assert verdicts(results) == [STORED] * count
+    stored = atomic.stored()
+    for key in {*keys} - {None}:
+        of_this = of_key(stored, keys, key)
+        assert of_this == sorted(of_this, key=int)
+    assert sorted(int(one) for one in stored) == list(range(count))
+    for number in range(0, count, 20):
+        at = stored.index(str(number))
+        assert stored[at : at + 4] == [str(number + n) for n in range(4)]
+    assert [stored[(result.sequence or 0) - 1] for result in results] == [
+        str(number) for number in range(count)
+    ]
+
+
+def test_a_batch_stays_behind_whole(atomic: Pipeline) -> None:
+    atomic.update(max_msg_size=500)
+    messages = [atomic.message(0, b"x" * 1000), *atomic.messages(6)[1:]]
+    keys, batches = ["a", "b", "a", "b", "c", "c"], [None, "x", "x", None, "y", "y"]
+    results = atomic.send(messages, keys, batches=batches)
+    assert verdicts(results) == [REFUSED, BEHIND, BEHIND, BEHIND, STORED, STORED]
+    assert atomic.stored() == ["4", "5"]
+
+
+def test_a_batch_that_is_refused_goes_singly(atomic: Pipeline) -> None:
+    atomic.update(max_msg_size=500)
+    messages = [*atomic.messages(2), atomic.message(2, b"x" * 1000), *atomic.messages(6)[3:]]
+    keys = ["a", "a", "a", "b", "b", "a"]
+    results = atomic.send(messages, keys, batches=["x"] * 5 + [None])
+    assert verdicts(results) == [STORED, STORED, REFUSED, STORED, STORED, BEHIND]
+    assert sorted(atomic.stored()) == ["0", "1", "3", "4"]
+
+
+def test_a_batch_that_is_not_answered_is_an_outage_of_all(atomic: Pipeline) -> None:
+    async def be_silent() -> None:
+        await (await atomic.connection.session()).subscribe("silent", _ignore)
+
+    atomic.connection.run(be_silent)
+    messages = [atomic.message(number, subject="silent") for number in range(4)]
+    batches = ["x", "x", "x", None]
+    results = atomic.send(messages, [*"aaba"], batches=batches, timeout=0.2)
+    assert verdicts(results) == [OUTAGE, OUTAGE, OUTAGE, BEHIND]
+    assert {result.error for result in results[:3]} == {"JetStream did not confirm within 0.2 s"}
+    assert not atomic.session()._waiting
+
+
+def test_a_batch_that_cannot_be_framed_goes_singly(atomic: Pipeline) -> None:
+    messages = [*atomic.messages(2), atomic.message(2, X="a\nb"), *atomic.messages(4)[3:]]
+    results = atomic.send(messages, [*"aaba"], batches=["x"] * 4)
+    assert verdicts(results) == [STORED, STORED, REFUSED, STORED]
+    assert atomic.stored() == ["0", "1", "3"]
+
+
+def test_an_old_server_is_asked_again_for_each_of_a_batch(
+    old_nats_server: NatsServer, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    old = make_pipeline(old_nats_server.url)
+    old.jetstream.provision()
+    results = old.send(old.messages(3), [*"aba"], batches=["x"] * 3)
+    assert verdicts(results) == [STORED] * 3
+    assert all(result.duplicate for result in results)
+    assert old.stored() == ["0", "1", "2"]
+
+
+async def _ignore(_: Msg) -> None:
+    pass
+
+
 # ── refusals ─────────────────────────────────────────────────────────────────
 
 

@@ -543,6 +543,36 @@ def test_a_field_that_the_server_ignores_is_an_error(
     talk(server, body)
 
 
+def test_atomic_batches_are_asked_for_and_not_insisted_on(
+    server: NatsServer, stream: StreamSpec, consumer: ConsumerSpec
+) -> None:
+    async def body(api: Api) -> None:
+        known = (await api.do("INFO", {}))["api"].get("level", 0) >= 2
+        await ensure(api, stream, consumer)
+        assert "allow_atomic" not in await api.stream(stream.name)
+        await ensure(api, with_settings(stream, allow_atomic=True), consumer)
+        assert (await api.stream(stream.name)).get("allow_atomic", False) is known
+        await ensure(api, stream, consumer)  # another application, which does not ask for it
+        assert (await api.stream(stream.name)).get("allow_atomic", False) is known
+
+    talk(server, body)
+
+
+def test_a_stream_that_cannot_have_atomic_batches_gets_the_rest(
+    nats_server: NatsServer, stream: StreamSpec
+) -> None:
+    async def body(api: Api) -> None:
+        await api.make_stream(stream.name, stream.subjects[0], persist_mode="async")
+        await ensure(api, with_settings(stream, allow_atomic=True))
+        made = await api.stream(stream.name)
+        assert made["subjects"] == list(stream.subjects)
+        assert "allow_atomic" not in made
+        with pytest.raises(TopologyError, match="not supported on replicated"):
+            await ensure(api, with_settings(stream, allow_atomic=True, num_replicas=3))
+
+    talk(nats_server, body)
+
+
 def test_no_jetstream_for_the_account(stream: StreamSpec) -> None:
     config = """
         jetstream: {}
