@@ -43,6 +43,7 @@ class Publisher:
         self, config: Config, connection: Connection, on_no_stream: Callable[[], Awaitable[None]]
     ) -> None:
         self._config = config
+        self._subject = config.publish_subject
         self._connection = connection
         self._on_no_stream = on_no_stream
         self._asked: Session | None = None
@@ -75,7 +76,7 @@ class Publisher:
         elif destination is not None:
             subject = subjects.publish_subject(config.app_name, destination)
         else:
-            subject = config.publish_subject
+            subject = self._subject
         wire_headers = {**validate_headers(headers), "Nats-Msg-Id": event.event_id}
         body = events.encode(event)
         size = wire_size(body, wire_headers)

@@ -213,7 +213,8 @@ def specificity(pattern: str) -> tuple[int, ...]:
 
 def _is_clean(text: str, forbidden: str = "") -> bool:
     """Tell whether no character of ``text`` is blank, unprintable or ``forbidden``."""
-    return text.isprintable() and not any(c.isspace() or c in forbidden for c in text)
+    # of all that is blank, only the space counts as printable
+    return text.isprintable() and not any(map(text.__contains__, f" {forbidden}"))
 
 
 def _refusal(what: str, value: object, rule: str) -> SubjectError:
