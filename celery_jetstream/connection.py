@@ -31,7 +31,7 @@ from typing import Any, TypeVar
 from .config import Config
 from .exceptions import ConnectionRefusedByServer, NotConnectedError
 from .session import Client, Session, clients
-from .threads import start_native_thread, wait
+from .threads import NativeEvent, blocking, start_native_thread, wait
 
 __all__ = ("Connection",)
 
@@ -76,7 +76,7 @@ class Connection:
     def _reset(self) -> None:
         self._lock = threading.RLock()  # a signal handler may come in between and close
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._stopped: threading.Event | None = None
+        self._stopped: NativeEvent | None = None
         self._session: Session | None = None
         self._waiters: set[asyncio.Future[Session]] = set()
         self._state = DISCONNECTED
@@ -118,7 +118,7 @@ class Connection:
         with self._lock:
             if self._loop is None:
                 started: ThreadFuture[asyncio.AbstractEventLoop] = ThreadFuture()
-                stopped = threading.Event()
+                stopped = NativeEvent()
                 self._forget_attempts()
                 self._state = CONNECTING
                 start_native_thread(self._run_loop, started, self._stopped, stopped)
@@ -170,7 +170,7 @@ class Connection:
             if loop is None or stopped is None:
                 return
             loop.call_soon_threadsafe(loop.stop)
-        if _running_loop() is not loop and not stopped.wait(timeout):
+        if _running_loop() is not loop and not blocking(stopped.wait, timeout):
             logger.warning("the NATS connection's thread did not end in %g s", timeout)
 
     def run(
@@ -276,8 +276,8 @@ class Connection:
     def _run_loop(
         self,
         started: ThreadFuture[asyncio.AbstractEventLoop],
-        before: threading.Event | None,
-        stopped: threading.Event,
+        before: NativeEvent | None,
+        stopped: NativeEvent,
     ) -> None:
         loop = asyncio.new_event_loop()  # here: under gevent it belongs to the thread's own hub
         started.set_result(loop)

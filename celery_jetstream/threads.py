@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-__all__ = ("start_native_thread", "wait")
+__all__ = ("NativeEvent", "blocking", "native_lock", "start_native_thread", "wait")
 
 T = TypeVar("T")
 
@@ -21,6 +21,17 @@ def _gevent_hub() -> Any:
     import gevent
 
     return gevent.get_hub()
+
+
+def native_lock() -> Any:
+    """A lock between operating-system threads; gevent's is one between greenlets.
+
+    Nothing may switch greenlets while it is held.
+    """
+    monkey = sys.modules.get("gevent.monkey")
+    if monkey is None:
+        return threading.Lock()
+    return monkey.get_original("_thread", "allocate_lock")()
 
 
 def start_native_thread(target: Callable[..., None], *args: Any) -> None:
@@ -38,9 +49,32 @@ def start_native_thread(target: Callable[..., None], *args: Any) -> None:
 
 def wait(future: Future[T], timeout: float | None) -> T:
     """The future's result, waited for at most ``timeout`` seconds."""
+    return blocking(future.result, timeout)
+
+
+def blocking(function: Callable[..., T], *args: Any) -> T:
+    """Calls what blocks a native thread; under gevent the other greenlets go on."""
     hub = _gevent_hub()
     if hub is None:
-        return future.result(timeout)
-    # gevent: wait in a native thread, so that the other greenlets go on
-    result: T = hub.threadpool.apply(future.result, (timeout,))
+        return function(*args)
+    result: T = hub.threadpool.apply(function, args)
     return result
+
+
+class NativeEvent:
+    """As ``threading.Event``, but between operating-system threads, also under gevent."""
+
+    def __init__(self) -> None:
+        self._unset = native_lock()
+        self._unset.acquire()
+
+    def set(self) -> None:
+        """Once only."""
+        self._unset.release()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Blocks the native thread; whether it was set."""
+        is_set: bool = self._unset.acquire(timeout=-1 if timeout is None else timeout)
+        if is_set:
+            self._unset.release()
+        return is_set
