@@ -4,8 +4,8 @@
 PYTHON3 ?= python3
 ROUNDS ?= 20
 ARGS ?=
-# Two processes: half of a test is waiting. A file's tests share servers and workers, so it is not split.
-PARALLEL ?= -n 2 --dist loadfile
+# Three processes on two cores: half of a test is waiting. A file's tests share servers and workers, so it is not split.
+PARALLEL ?= -n 3 --dist loadfile
 
 PYTHON := .venv/bin/python
 READY := .venv/.ready
@@ -41,8 +41,9 @@ imports: $(READY) ## imports point down, pure modules do no I/O
 	@.venv/bin/lint-imports --no-logo > .venv/imports.log 2>&1 || { cat .venv/imports.log; exit 1; }
 
 oldest: $(OLDEST)/.ready ## the settlement suite on the oldest Celery and nats-py that we support
-	@$(OLDEST)/bin/python -m pytest tests/integration/test_settlement.py \
-		tests/integration/test_inbox_runs.py -k "not every_pool" $(ARGS)
+	@$(OLDEST)/bin/python -m pytest tests/unit/test_celery_internals.py \
+		tests/integration/test_settlement.py tests/integration/test_inbox_runs.py \
+		-n 2 -k "not every_pool and not (inbox and direct)" $(ARGS)
 
 crash: $(READY) ## the crash tests, ROUNDS times each
 	@$(PYTHON) -m pytest tests/crash --rounds=$(ROUNDS) --timeout=0 $(ARGS)
