@@ -34,6 +34,10 @@ class Breaker:
         self._clock = clock
         self._circuits: dict[str, _Circuit] = {}
 
+    def __bool__(self) -> bool:
+        """Whether anything is left alone, or being tried."""
+        return bool(self._circuits)
+
     def fail(self, name: str, error: str) -> None:
         """It failed: leave it alone for twice as long as last time."""
         now, before = self._clock(), self._circuits.get(name)

@@ -247,7 +247,7 @@ class Bridge:
         """Wakes the others only when it is worth it: this is done for each message."""
         if self._flights.ready:
             self._work.set()
-        if self._pull is not None:
+        if self._pull is not None and self._pull.worth_asking:
             self._pull.more(soon=self._flights.room < self._worth_asking)
 
     async def _keep(self) -> None:

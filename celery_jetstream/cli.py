@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import json
+import os
 import sys
 from typing import Any
 
@@ -14,12 +17,19 @@ from celery.bin.base import (
     CeleryOption,
     handle_preload_options,
 )
+from celery.bin.worker import worker as celery_worker
+from kombu.utils.compat import detect_environment
 
 from .cli_inbox import inbox
 from .cli_outbox import outbox
 from .commands import daemon, jetstream_of, stop_on_signals
 
 __all__ = ("jetstream",)
+
+NO_HANDLER = (
+    "no @jetstream_handler is known to this app: import the modules that define them "
+    "(include=, imports or autodiscover_tasks)"
+)
 
 
 @click.group(name="jetstream")
@@ -53,6 +63,68 @@ def bridge(
         running = Bridge(jetstream_of(app), max_messages=max_messages, once=once)
         stop_on_signals(running)
         running.run()
+
+
+def _direct_worker(without_broker: bool, **options: Any) -> Any:
+    """Starts a worker that takes its messages from JetStream itself, not from a bridge.
+
+    It takes Celery's own options, and runs every handler of the app. It consumes no queue but those
+    of -Q: other tasks (publish_event, beat's) need a worker of their own. Remote control goes
+    through the broker, which --without-broker does without.
+
+    Exit status: 1 where no server answers, or the stream and consumer cannot be had.
+    """
+    from .exceptions import CeleryJetStreamError
+
+    app = click.get_current_context().obj.app
+    found = jetstream_of(app)
+    if without_broker and (options.get("queues") or options.get("task_events")):
+        raise click.UsageError("--without-broker: there are no queues (-Q) and no events (-E)")
+    if not options.get("detach"):  # that starts this command again
+        try:
+            app.loader.import_default_modules()
+            if not found.check():
+                raise click.ClickException(NO_HANDLER)
+            found.connect()
+        except CeleryJetStreamError as error:
+            raise click.ClickException(str(error)) from error
+        finally:
+            found.close()  # it connects anew once its children are forked
+    if without_broker:
+        options.update(_no_broker(app))
+    if not options.get("queues"):
+        options["exclude_queues"] = list(app.amqp.queues)
+    found.dedicated = True
+    return celery_worker.callback(**options)
+
+
+def _no_broker(app: Any) -> dict[str, Any]:
+    """Has a worker connect to none: the settings, and its options."""
+    os.environ.pop("CELERY_BROKER_READ_URL", None)  # it comes before the setting
+    app.conf.broker_read_url = "memory://localhost/"
+    return {
+        "task_events": False,
+        "without_gossip": True,
+        "without_mingle": True,
+        "without_heartbeat": True,
+        # else Celery has no event loop for this transport, and prefork another pool, in which a
+        # child that is killed can lock out the others
+        "use_eventloop": detect_environment() == "default" or None,
+    }
+
+
+worker = copy.copy(celery_worker)
+worker.callback = _direct_worker
+worker.help = inspect.getdoc(_direct_worker)
+worker.params = [
+    *celery_worker.params,
+    CeleryOption(
+        ["--without-broker"],
+        is_flag=True,
+        help_group="Features",
+        help="Take nothing from a broker, also not remote control.",
+    ),
+]
 
 
 @jetstream.command(cls=CeleryCommand)
@@ -113,10 +185,7 @@ def handlers(ctx: click.Context, as_json: bool, **_: Any) -> None:
     except CeleryJetStreamError as error:
         raise click.ClickException(str(error)) from error
     if not found:
-        raise click.ClickException(
-            "no @jetstream_handler is known to this app: import the modules that define them "
-            "(include=, imports or autodiscover_tasks)"
-        )
+        raise click.ClickException(NO_HANDLER)
     if as_json:
         click.echo(json.dumps(found))
         return
@@ -160,3 +229,4 @@ def _handler(app: Any, task: Any) -> dict[str, Any]:
 
 jetstream.add_command(inbox)
 jetstream.add_command(outbox)
+jetstream.add_command(worker)

@@ -86,6 +86,8 @@ class Config:
     batch_size: int = _setting(256, readers.whole(1, 10_000), "256")
     max_ack_pending: int = _setting(10_000, readers.whole(1, 1_000_000, _WITHOUT_LIMIT), "10000")
 
+    direct: bool = _setting(False, readers.flag, "True")
+
     # How failures end.
     max_deliver: int = _setting(5, readers.whole(1, 1_000_000), "5")
     backoff: tuple[float, ...] = _setting(

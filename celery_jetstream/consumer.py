@@ -202,7 +202,7 @@ class Acks:
 class Pull:
     """Pulls a consumer's messages for ever, as many as there is room for.
 
-    One request is open at a time and refilled at half; its idle heartbeats are watched. A lost
+    What is asked for is filled up when half of it has come; its idle heartbeats are watched. A lost
     request, a new session, a deleted consumer or an election end in a new pull, never in a
     silent stop.
 
@@ -214,6 +214,7 @@ class Pull:
         on_message: gets each message, in the loop thread; must not block or raise.
         on_missing: awaited when the server has no such consumer (503, or 409 when deleted).
         batch: the most messages of one request.
+        expires: seconds that a request stays open; what there is room for is asked again then.
     """
 
     def __init__(
@@ -226,6 +227,7 @@ class Pull:
         on_message: Callable[[Msg], None],
         on_missing: Callable[[], Awaitable[None]],
         batch: int = 256,
+        expires: float = EXPIRES,
     ) -> None:
         self._connection = connection
         self._subject = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}"
@@ -233,10 +235,12 @@ class Pull:
         self._on_message = on_message
         self._on_missing = on_missing
         self._batch = batch
+        self._expires = expires
+        self._heartbeat = min(HEARTBEAT, expires / 2)
         self._wake = asyncio.Event()
         self._soon: asyncio.TimerHandle | None = None
         self._subscription: Subscription | None = None
-        self._asked = 0
+        self._asked = self._mark = 0
         self._heard = 0.0
         self._answered_empty = 0
         self._missing = False
@@ -290,7 +294,8 @@ class Pull:
         """Pulls with one inbox, until something is wrong with it."""
         inbox = session.client.new_inbox()
         self._subscription = await session.subscribe(inbox, self._receive)
-        self._asked, self._missing = 0, False
+        self._asked = self._mark = 0
+        self._missing = False
         self._heard = time.monotonic()
         try:
             while not (self._stopping or session.lost.is_set() or self._silent()):
@@ -299,7 +304,7 @@ class Pull:
                 await self._ask(session, inbox)
                 self._wake.clear()
                 with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), HEARTBEAT / 2)
+                    await asyncio.wait_for(self._wake.wait(), self._heartbeat / 2)
         finally:
             subscription, self._subscription = self._subscription, None
             if subscription is not None and not session.lost.is_set():
@@ -315,23 +320,32 @@ class Pull:
         self._missing, self._asked = False, 0
 
     def _silent(self) -> bool:
-        return self._asked > 0 and time.monotonic() - self._heard > 2.5 * HEARTBEAT
+        return self._asked > 0 and time.monotonic() - self._heard > 2.5 * self._heartbeat
 
     async def _ask(self, session: Session, inbox: str) -> None:
-        if self._asked > self._batch // 2:
+        if not self.worth_asking:
             return
         wanted = self._wanted()
-        if wanted <= 0:
-            return
         request = {
             "batch": wanted,
-            "expires": int(EXPIRES * 1e9),
-            "idle_heartbeat": int(HEARTBEAT * 1e9),
+            "expires": int(self._expires * 1e9),
+            "idle_heartbeat": int(self._heartbeat * 1e9),
         }
         if self._asked == 0:
             self._heard = time.monotonic()
         self._asked += wanted
+        self._mark = self._asked // 2
         await session.publish(self._subject, json.dumps(request).encode(), reply=inbox)
+
+    @property
+    def asked(self) -> int:
+        """How many messages are asked for and have not come."""
+        return self._asked
+
+    @property
+    def worth_asking(self) -> bool:
+        """Whether half of what there is room for, or more, is not asked for yet. Any thread."""
+        return self._wanted() >= max(1, self._asked)
 
     def _wanted(self) -> int:
         return min(self._batch, self._room()) - self._asked
@@ -344,7 +358,7 @@ class Pull:
             self._on_message(message)
         else:
             self._status(message.headers or {})
-        if self._asked <= self._batch // 2:
+        if self._asked <= self._mark and self.worth_asking:
             self._wake.set()
 
     def _status(self, headers: dict[str, str]) -> None:

@@ -64,13 +64,15 @@ class Delivery:
             ValueError: a key is missing or of the wrong type.
         """
         try:
+            headers = header.get("headers") or {}
+            "".join(headers)  # its names are text
             return cls(
                 stream=str(header["stream"]),
                 sequence=int(header["sequence"]),
                 num_delivered=int(header["num_delivered"]),
                 consumer=str(header["consumer"]),
                 reply=str(header["reply"]),
-                headers=Headers(header.get("headers")),
+                headers=Headers(headers),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a jetstream header: {error!r}") from error
@@ -97,6 +99,11 @@ class Delivery:
         return int(_ack_tokens(self.reply)[4])
 
     @property
+    def num_pending(self) -> int:
+        """How many messages the consumer had left to hand over after this one."""
+        return int(_ack_tokens(self.reply)[6])
+
+    @property
     def timestamp(self) -> datetime:
         """When the server stored the message, in UTC (the server's clock, to a microsecond)."""
         return _EPOCH + timedelta(microseconds=int(_ack_tokens(self.reply)[5]) // 1000)
@@ -113,10 +120,11 @@ def _ack_tokens(reply: str) -> list[str]:
     """
     tokens = reply.split(".")
     found = tokens[2:] if len(tokens) == 9 else tokens[4:11]
+    numbers = "".join(found[2:])
     if (
         tokens[:2] != ["$JS", "ACK"]
         or len(found) != 7
-        or not all(token.isascii() and token.isdigit() for token in found[2:])
+        or not (all(found) and numbers.isascii() and numbers.isdigit())
     ):
         raise ValueError(f"{shown(reply)} is not a JetStream ack subject")
     return found

@@ -13,16 +13,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from celery import Celery
+from celery.app.amqp import task_message
 from kombu.exceptions import OperationalError
 
-from . import events
 from .config import Config
-from .exceptions import DecodeError
 from .handlers import EVENT_ID, EVENT_TYPE, HEADER, LEASE, Handlers
 from .inflight import Flight
 from .settlement import DeadLetter, Nak, Settlement
 
-__all__ = ("Dispatcher", "queue_of")
+__all__ = ("Dispatcher", "TaskMessages", "header_of", "queue_of")
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +63,7 @@ class Dispatcher:
         self._app = app
         self._config = config
         self._handlers = handlers
+        self._messages = TaskMessages(app, "celery_jetstream.bridge")
         self._producer: Any = None
         self._declared: set[str] = set()
         self._fixed_routes: dict[str, dict[str, Any]] = {}
@@ -83,16 +83,9 @@ class Dispatcher:
             handler, or its last attempt never ended. A ``Nak`` where the app's own router failed.
         """
         if flight.task is None:
-            try:
-                event = events.decode(flight.body)
-            except DecodeError as error:
-                return DeadLetter(error.reason, type(error).__name__, str(error))
-            flight.event_id = event.event_id
-            flight.task = self._handlers.find(event.event_type)
-            flight.envelope = event.envelope
-            if flight.task is None:
-                text = f"no handler for the event type {event.event_type!r}"
-                return DeadLetter("no_handler", "", text)
+            refused = flight.identify(self._handlers.find)
+            if refused is not None:
+                return refused
         if flight.task.policy(self._config).spent(flight.unended):
             text = f"handed over {flight.unended} times, and none of its attempts ended"
             return DeadLetter("max_deliveries_exceeded", "", text)
@@ -144,26 +137,11 @@ class Dispatcher:
                 producer.connection.collect()
 
     def _send_one(self, flight: Flight, lease_ends: float | None) -> None:
-        task, delivery = flight.task, flight.delivery
-        message = self._app.amqp.create_task_message(
-            delivery.task_id,
-            task.name,
-            (flight.envelope,),
-            {},
-            retries=delivery.num_delivered - 1,
-            ignore_result=task.ignore_result,
-            time_limit=task.time_limit,
-            soft_time_limit=task.soft_time_limit,
-            create_sent_event=self._app.conf.task_send_sent_event,
-            argsrepr=f"({flight.envelope.get('event_type')!r},)",
-            kwargsrepr="{}",
-            origin="celery_jetstream.bridge",
-        )
         self._app.amqp.send_task_message(
             self._producer,
-            task.name,
-            message,
-            headers={HEADER: _header(flight, lease_ends)},
+            flight.task.name,
+            self._messages.make(flight),
+            headers={HEADER: {**header_of(flight), LEASE: lease_ends}},
             retry=False,
             declare=self._to_declare(flight),
             **flight.options,
@@ -188,6 +166,68 @@ class Dispatcher:
         return route
 
 
+class TaskMessages:
+    """Celery's own messages for tasks: headers, properties and body, not serialized.
+
+    Celery is asked once for each task: what it writes for the next event differs in few places.
+
+    Args:
+        app: the Celery app.
+        origin: who sends them.
+    """
+
+    def __init__(self, app: Celery, origin: str) -> None:
+        self._app = app
+        self._origin = origin
+        self._templates: dict[str, tuple[str, task_message]] = {}
+
+    def make(self, flight: Flight) -> task_message:
+        """The message that has a worker run this event's handler."""
+        task, delivery = flight.task, flight.delivery
+        if task.name not in self._templates:
+            self._templates[task.name] = delivery.task_id, self._first(flight)
+        written_id, written = self._templates[task.name]
+        headers = _with_id(written.headers, written_id, delivery.task_id)
+        headers["argsrepr"] = f"({flight.envelope.get('event_type')!r},)"
+        headers["retries"] = delivery.num_delivered - 1
+        event = written.sent_event and {
+            **_with_id(written.sent_event, written_id, delivery.task_id),
+            "args": headers["argsrepr"],
+            "retries": headers["retries"],
+        }
+        properties = _with_id(written.properties, written_id, delivery.task_id)
+        return task_message(headers, properties, ((flight.envelope,), {}, written.body[2]), event)
+
+    def _first(self, flight: Flight) -> task_message:
+        task = flight.task
+        return self._app.amqp.as_task_v2(  # whatever task_protocol says: workers read both
+            flight.delivery.task_id,
+            task.name,
+            (flight.envelope,),
+            {},
+            ignore_result=task.ignore_result,
+            time_limit=task.time_limit,
+            soft_time_limit=task.soft_time_limit,
+            create_sent_event=self._app.conf.task_send_sent_event,
+            argsrepr="",
+            kwargsrepr="{}",
+            origin=self._origin,
+        )
+
+
+def _with_id(values: dict[str, Any], old: str, new: str) -> dict[str, Any]:
+    return {name: new if value == old else value for name, value in values.items()}
+
+
+def header_of(flight: Flight) -> dict[str, Any]:
+    """The ``jetstream`` header of its task message."""
+    return {
+        **flight.delivery.to_header(),
+        EVENT_ID: flight.event_id,
+        EVENT_TYPE: flight.envelope.get("event_type"),
+    }
+
+
 def queue_of(app: Celery, task: Any) -> str:
     """The queue that a handler's events go to; "" where that is not known before they come."""
     return _queue_name(_route_of(app, task, {}))
@@ -199,15 +239,6 @@ def _route_of(app: Celery, task: Any, envelope: Any) -> dict[str, Any]:
     given = {name: value for name, value in own.items() if value is not None}
     routed = app.amqp.router.route(given, task.name, (envelope,), {}, task)
     return {name: value for name, value in routed.items() if name not in NOT_FOR_COPIES}
-
-
-def _header(flight: Flight, lease_ends: float | None) -> dict[str, Any]:
-    return {
-        **flight.delivery.to_header(),
-        LEASE: lease_ends,
-        EVENT_ID: flight.event_id,
-        EVENT_TYPE: flight.envelope.get("event_type"),
-    }
 
 
 def _queue_name(options: dict[str, Any]) -> str:

@@ -24,8 +24,8 @@ from celery.states import SUCCESS
 from celery.worker import state as worker_state
 
 from .delivery import Delivery
-from .exceptions import InboxUnavailableError
-from .handlers import HEADER, JetStreamTask, delivery_of
+from .exceptions import InboxUnavailableError, OutageError
+from .handlers import HEADER, JetStreamTask, delivery_of, is_direct
 from .settlement import Ack, DeadLetter, End, Nak, Settlement, decide
 
 if TYPE_CHECKING:
@@ -59,6 +59,12 @@ def settle_ended_task(
     delivery = delivery_of(request)
     if delivery is None:
         return
+    if isinstance(retval, OutageError) and is_direct(getattr(request, HEADER)):
+        if sender.has_inbox:
+            with contextlib.suppress(InboxUnavailableError):
+                entry = sender.entry(delivery, getattr(request, HEADER))
+                sender.app.jetstream.inbox.release(entry)
+        return  # it waits in this worker
     end: Any = getattr(request, "jetstream_settlement", None)
     if end is None:
         end = End.RETURNED if state == SUCCESS else retval

@@ -14,6 +14,7 @@
     │   ├── SubjectOverlapError                        .subject .other_stream
     │   └── DriftError                                 .differences
     ├── InboxError
+    ├── OutageError                                    .pauses
     ├── DatabaseUnavailableError (+ ConnectionError)
     │   ├── OutboxUnavailableError
     │   └── InboxUnavailableError
@@ -44,6 +45,7 @@ __all__ = (
     "InboxUnavailableError",
     "NoResponders",
     "NotConnectedError",
+    "OutageError",
     "OutboxUnavailableError",
     "PayloadError",
     "PublishError",
@@ -198,6 +200,20 @@ class InboxUnavailableError(DatabaseUnavailableError):
 
 class InboxError(CeleryJetStreamError):
     """A handler ended the transaction that its inbox row is in; it was rolled back."""
+
+
+class OutageError(CeleryJetStreamError):
+    """An attempt met an outage; in direct mode its message waits in the worker for the next.
+
+    ``pauses``: its handler's other messages wait as well.
+    """
+
+    def __init__(self, message: str, pauses: bool = False) -> None:
+        super().__init__(message, pauses)
+        self.pauses = pauses
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class NotConnectedError(CeleryJetStreamError, ConnectionError):

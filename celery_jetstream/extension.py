@@ -20,6 +20,7 @@ from celery import signals as celery_signals
 from . import plans, signals, specs, topology
 from .config import Config
 from .connection import Connection
+from .direct import Direct
 from .events import Event
 from .exceptions import ConfigurationError, EventError, NotConnectedError
 from .handlers import Handlers
@@ -74,12 +75,15 @@ class JetStream:
             )
         self.app = app
         self.middleware: tuple[Middleware, ...] = ()
+        #: This process is a worker that takes its messages from JetStream itself.
+        self.dedicated = False
         self._lock = threading.Lock()
         self._runtime: Runtime | None = None
         self._ensured = 0.0
         app.jetstream = self
         app.steps["worker"].add(CheckSettings)
         app.steps["consumer"].add(HandBack)
+        app.steps["consumer"].add(Direct)
         self._scheduled: dict[str, Any] = {}
         app.on_after_finalize.connect(self._schedule, weak=False)
         celery_signals.import_modules.connect(self._schedule, sender=app)

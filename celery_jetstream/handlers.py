@@ -26,7 +26,7 @@ from . import subjects
 from .config import Config
 from .delivery import Delivery
 from .events import Event
-from .exceptions import ConfigurationError
+from .exceptions import ConfigurationError, OutageError
 from .payloads import PayloadType, payload_type
 from .settlement import HAND_BACKS, HAND_BACKS_WITH_INBOX, Ack, DeadLetter, Nak, Policy
 from .upcasts import upcasted
@@ -43,6 +43,8 @@ HEADER = "jetstream"
 #: In that header: when the copy's lease ends, by the bridge's clock (seconds since 1970). Celery's
 #: own ``expires`` would cost the worker's main process more to read than all else of ours.
 LEASE = "lease_ends"
+#: In that header, without a lease: no broker has the copy (direct mode).
+DIRECT = "direct"
 #: What a task returns whose settlement is given, and no Ack: the worker's main process, which sees
 #: only the result's text, must not take it for one.
 SETTLED = "settled otherwise"
@@ -177,7 +179,11 @@ class JetStreamTask(Task):
         jetstream = getattr(self.app, "jetstream", None)
         for middleware in reversed(jetstream.middleware if jetstream else ()):
             call = partial(_through, middleware, call)
-        result = call(event)
+        try:
+            result = call(event)
+        except Exception as error:
+            self._raise_outage(error)
+            raise
         if isinstance(result, (Ack, Nak, DeadLetter)) and delivery_of(self.request):
             self.request.jetstream_settlement = result
             return None if isinstance(result, Ack) else SETTLED
@@ -189,6 +195,16 @@ class JetStreamTask(Task):
             call = self.run
         handle = partial(self._handle, call, event, *args, **kwargs)
         return self._by_inbox(handle, SESSION in kwargs) if self.has_inbox else handle()
+
+    def _raise_outage(self, error: Exception) -> None:
+        """In direct mode the message of an attempt that met an outage waits in the worker."""
+        if not is_direct(getattr(self.request, HEADER, None)):
+            return
+        jetstream = self.app.jetstream
+        inbox = jetstream.inbox if self.has_inbox else None
+        pauses = inbox is not None and inbox.is_outage(error) and not inbox.is_lost_conflict(error)
+        if pauses or isinstance(error, jetstream.config.outage_errors):
+            raise OutageError(f"{type(error).__name__}: {error}", pauses) from error
 
     def _handle(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = call(*args, **kwargs)
@@ -365,7 +381,17 @@ def _through(
 
 def delivery_of(request: Any) -> Delivery | None:
     """The delivery that a task request carries; None for a task that no bridge sent."""
-    return read_header(getattr(request, HEADER, None))
+    known: Delivery | None = getattr(request, "jetstream_delivery", None)
+    if known is None:
+        header = getattr(request, HEADER, None)
+        if header is not None:
+            known = request.jetstream_delivery = read_header(header)
+    return known
+
+
+def is_direct(header: Any) -> bool:
+    """Whether a ``jetstream`` header is of a message that the worker itself took."""
+    return isinstance(header, Mapping) and bool(header.get(DIRECT))
 
 
 def read_header(header: Any) -> Delivery | None:

@@ -29,10 +29,14 @@ class Headers(Mapping[str, str]):
     __slots__ = ("_items", "_names")
 
     def __init__(self, items: Mapping[str, str] | None = None) -> None:
-        self._items = dict(items or {})
-        self._names = {name.lower(): name for name in self._items}
+        self._items: dict[str, str] = (
+            items._items if isinstance(items, Headers) else dict(items or {})
+        )
+        self._names: dict[str, str] | None = None  # few are ever asked for
 
     def __getitem__(self, name: str) -> str:
+        if self._names is None:
+            self._names = {name.lower(): name for name in self._items}
         return self._items[self._names[name.lower()]]
 
     def __iter__(self) -> Iterator[str]:

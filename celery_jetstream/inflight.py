@@ -9,11 +9,14 @@ Times are seconds of any steady clock. Not thread-safe: the bridge holds a lock.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from . import events
 from .delivery import Delivery
+from .exceptions import DecodeError
+from .settlement import DeadLetter
 
 __all__ = ("Flight", "InFlight")
 
@@ -53,6 +56,27 @@ class Flight:
     expires: bool = True
     unended: int = 0
 
+    def identify(self, find: Callable[[str], Any]) -> DeadLetter | None:
+        """Reads the event and finds its handler.
+
+        Args:
+            find: gives the task for an event type; None where there is none.
+
+        Returns:
+            The dead letter of a message that can never begin: not JSON, not an envelope, or no
+            handler.
+        """
+        try:
+            event = events.decode(self.body)
+        except DecodeError as error:
+            return DeadLetter(error.reason, type(error).__name__, str(error))
+        self.event_id, self.envelope = event.event_id, event.envelope
+        self.task = find(event.event_type)
+        if self.task is None:
+            text = f"no handler for the event type {event.event_type!r}"
+            return DeadLetter("no_handler", "", text)
+        return None
+
 
 class InFlight:
     """The flights of one bridge.
@@ -67,7 +91,7 @@ class InFlight:
     def __init__(self, *, capacity: int, lease: float, grace: float) -> None:
         self.capacity = capacity
         self.share = max(1, capacity // 4)
-        self._block = max(1, self.share // 4)
+        self._block = max(1, self.share // 2)
         self._lease = lease + grace
         self._flights: dict[int, Flight] = {}
         self._ready: deque[Flight] = deque()

@@ -27,7 +27,7 @@ class Pauses:
         self._sent: dict[str, float] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._breaker.names)
+        return bool(self._breaker)
 
     @property
     def names(self) -> list[str]:

@@ -8,9 +8,7 @@ revoke and a shutdown are seen only here.
 This process limits a prefork worker: next to nothing is done here for a message that ends
 normally.
 
-What is not public of Celery is used in this module only (tried on 5.5 to 5.7): ``Task.Request``,
-``Request._announce_revoked`` and ``_announce_cancelled``, ``Request._apply_result``, and of a
-prefork pool's result ``_write_to``.
+What is used here and is not public of Celery: docs/explanation/architecture.md.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import Future
 from datetime import datetime, timezone
 from typing import Any
@@ -39,8 +36,9 @@ from .delivery import Delivery
 from .exceptions import NotConnectedError
 from .settlement import Ack, End, Policy, decide
 from .settler import Settler
+from .threads import native_lock
 
-__all__ = ("HandBack", "JetStreamRequest", "Keeper")
+__all__ = ("HandBack", "JetStreamRequest", "Keeper", "Source")
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +50,18 @@ CHILD_ACKS_KEPT = 4096
 SETTLED_TEXT = repr(handlers.SETTLED)
 #: A message is handed back or begins, never both.
 _beginning = threading.Lock()
+
+
+class Source:
+    """A message that no broker has sent, and that wants to hear how its task ended."""
+
+    delivery: Delivery
+    #: There is a request for it.
+    taken = False
+
+    def ended(self, error: BaseException | None) -> None:
+        """In the main process: the task ended in a process that lived to say so."""
+        raise NotImplementedError
 
 
 class JetStreamRequest(Request):
@@ -69,7 +79,10 @@ class JetStreamRequest(Request):
     def __init__(self, message: Any, **options: Any) -> None:
         super().__init__(message, **options)
         header = self._header
-        self.delivery = handlers.read_header(header)
+        if isinstance(message, Source):
+            self.delivery, message.taken = message.delivery, True
+        else:
+            self.delivery = handlers.read_header(header)
         if self.delivery is None:
             return
         self.received = time.time()
@@ -122,7 +135,7 @@ class JetStreamRequest(Request):
             return False
         return not self.acknowledged or worker_state.requests.get(self.id) is self
 
-    def hand_back(self) -> None:
+    def hand_back(self, end: End = End.NOT_BEGUN) -> None:
         """Gives the message back, unless it has begun; the broker's copy is acknowledged first.
 
         Decided under a lock: acknowledging waits for the broker, and a pool of threads or
@@ -133,7 +146,7 @@ class JetStreamRequest(Request):
             self.settled = self.settled or handed_back
         self.acknowledge()  # also what a child has and this process will not hear of any more
         if handed_back and self.delivery is not None:
-            ends.settle(self.task, self.delivery, End.NOT_BEGUN)
+            ends.settle(self.task, self.delivery, end)
 
     def settle(self, end: End | BaseException) -> None:
         """Settles an end that only this process saw; the first one counts."""
@@ -141,6 +154,8 @@ class JetStreamRequest(Request):
             return
         self.settled = True
         ends.settle_aside(self.task, self.delivery, end, self._header)
+        if not self.acknowledged:  # its child died before it said that it had it
+            self.acknowledge()
 
     # -- what Celery tells a request -------------------------------------------------------------
 
@@ -179,8 +194,11 @@ class JetStreamRequest(Request):
         try:
             self.on_success(outcome, **options)
         finally:
-            if isinstance(outcome, tuple) and not outcome[0] and outcome[1] != SETTLED_TEXT:
+            failed, result, *_ = outcome
+            if not failed and result != SETTLED_TEXT:
                 self._app.jetstream.keeper.returned(self)
+            if isinstance(self.message, Source):
+                self.message.ended(_error(result) if failed else None)
 
     def on_failure(
         self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False
@@ -189,9 +207,7 @@ class JetStreamRequest(Request):
             super().on_failure(exc_info, send_failed_event, return_ok)
         finally:
             if not return_ok:  # else the process that ran it has settled it
-                error = exc_info.exception
-                if isinstance(error, ExceptionWithTraceback):
-                    error = error.exc
+                error = _error(exc_info)
                 # a SIGTERM to the whole group (systemd's default) ends the children as well
                 stopping = worker_state.should_stop is not None and isinstance(
                     error, (SystemExit, WorkerLostError)
@@ -224,6 +240,11 @@ class JetStreamRequest(Request):
             self.settle(End.CUT_OFF)
 
 
+def _error(exc_info: Any) -> BaseException:
+    error: BaseException = exc_info.exception
+    return error.exc if isinstance(error, ExceptionWithTraceback) else error
+
+
 _said_expired = False
 
 
@@ -254,6 +275,7 @@ class Keeper:
         self._settler = settler
         self._config = connection.config
         self._claimant = claimant
+        self._lock = native_lock()
         self._new: deque[weakref.ref[JetStreamRequest]] = deque()
         self._known: list[weakref.ref[JetStreamRequest]] = []
         # Celery 5.7 forgets what has not begun before its bootsteps stop: kept for HandBack
@@ -285,16 +307,14 @@ class Keeper:
             if child == pid and when > since and delivery is not None:
                 self._settler.settle(delivery, Ack())
 
-    def held(self) -> Iterator[JetStreamRequest]:
-        """The requests of all messages that this worker holds now."""
-        while self._new:
-            self._known.append(self._new.popleft())
-        known, self._known = self._known, []
-        for reference in known:
-            request = reference()
-            if request is not None and request.held:
-                self._known.append(reference)
-                yield request
+    def held(self) -> list[JetStreamRequest]:
+        """The requests of all messages that this worker holds now. Any thread."""
+        with self._lock:
+            while self._new:
+                self._known.append(self._new.popleft())
+            found = [(r, request) for r in self._known if (request := r()) and request.held]
+            self._known = [reference for reference, _ in found]
+        return [request for _, request in found]
 
     async def _run(self) -> None:
         while True:
@@ -309,7 +329,7 @@ class Keeper:
     async def _tick(self) -> None:
         replies = [
             request.delivery.reply
-            for request in list(self.held())
+            for request in self.held()
             if request.delivery is not None and not self._too_long(request)
         ]
         if replies:
@@ -342,7 +362,7 @@ class HandBack(bootsteps.StartStopStep):
     requires = ("celery.worker.consumer.tasks:Tasks",)
 
     def stop(self, consumer: Any) -> None:
-        for request in list(consumer.app.jetstream.keeper.held()):
+        for request in consumer.app.jetstream.keeper.held():
             request.hand_back()
 
 

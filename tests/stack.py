@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 from celery import Celery
 
 from celery_jetstream import JetStream
@@ -23,6 +24,14 @@ from tests.conftest import Names
 ROOT = Path(__file__).parent.parent
 #: A worker that polls quickly and starts without the talk of many workers.
 WORKER = ("worker", "-l", "INFO", "--without-gossip", "--without-mingle", "-O", "fair")
+#: For a test that is to hold in both modes.
+in_both_modes = pytest.mark.parametrize("direct", [False, True], ids=["bridge", "direct"])
+#: The same, where direct mode is left to `make crash`.
+in_both_modes_soak = pytest.mark.parametrize(
+    "direct",
+    [False, pytest.param(True, marks=pytest.mark.soak)],
+    ids=["bridge", "direct"],
+)
 
 
 class CeleryProcess:
@@ -109,12 +118,21 @@ class Stack:
         nats_url: of a running server.
         broker: the desk's Celery broker.
         names: the apps' and the stream's names.
+        direct: workers take their messages from JetStream themselves; no bridge.
         settings: the desk's, beside what is needed (``jetstream_`` may be left out).
     """
 
     def __init__(
-        self, directory: Path, nats_url: str, broker: str, names: Names, **settings: Any
+        self,
+        directory: Path,
+        nats_url: str,
+        broker: str,
+        names: Names,
+        *,
+        direct: bool = False,
+        **settings: Any,
     ) -> None:
+        self.direct = direct
         self.directory = directory
         self.names = names
         self.ledger_file = directory / "ledger"
@@ -157,22 +175,34 @@ class Stack:
 
     def celery(self, *arguments: str, app: str = "tests.apps.desk", **extra: str) -> CeleryProcess:
         """Starts ``celery -A tests.apps.desk …``; ``extra`` goes to its environment."""
-        name = f"{arguments[0]}-{len(self._processes)}.log"
+        name = f"{'-'.join(arguments[:2])}-{len(self._processes)}.log"
         command = [sys.executable, "-m", "celery", "-A", app, *arguments]
         process = CeleryProcess(self.directory / name, command, {**self.environment, **extra})
         self._processes.append(process)
         return process
 
-    def worker(
-        self, *arguments: str, pool: str = "prefork", concurrency: int = 2, **extra: str
-    ) -> CeleryProcess:
-        """Starts a worker of the default queue and waits until it is ready."""
-        number = len(self._processes)
-        process = self.celery(
-            *WORKER, "-P", pool, "-c", str(concurrency), "-n", f"w{number}@%h", *arguments, **extra
-        )
+    def start(self, *, workers: int = 1, **worker: Any) -> list[CeleryProcess]:
+        """All that handles events: workers, and where they need one, a bridge; side by side."""
+        started = [self.start_worker(**worker) for _ in range(workers)]
+        if not self.direct:
+            self.bridge()
+        for process in started:
+            process.wait_for("ready.")
+        return started
+
+    def worker(self, *arguments: str, **options: Any) -> CeleryProcess:
+        """Starts a worker and waits until it is ready."""
+        process = self.start_worker(*arguments, **options)
         process.wait_for("ready.")
         return process
+
+    def start_worker(
+        self, *arguments: str, pool: str = "prefork", concurrency: int = 2, **extra: str
+    ) -> CeleryProcess:
+        """A worker of the default queue (in direct mode, of none), not waited for."""
+        command = ("jetstream", *WORKER) if self.direct else WORKER
+        name = ("-n", f"w{len(self._processes)}@%h")
+        return self.celery(*command, "-P", pool, "-c", str(concurrency), *name, *arguments, **extra)
 
     def bridge(self, *arguments: str, **extra: str) -> CeleryProcess:
         """Starts a bridge and waits until it pulls."""

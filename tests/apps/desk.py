@@ -19,7 +19,7 @@ from celery import Celery, Task
 from celery.exceptions import Ignore, Reject
 
 from celery_jetstream import Ack, Event, JetStream, jetstream_handler, upcast
-from tests.apps.ledger import note
+from tests.apps.ledger import jot, note, runs_of
 
 app = Celery("desk")
 app.conf.update(json.loads(os.environ["DESK_CONF"]))
@@ -135,9 +135,10 @@ def error_once(event: Event) -> None:
 @jetstream_handler("outage")
 def outage(event: Event) -> None:
     note(event, "begun")
-    if event.delivery.num_delivered <= event.payload.get("fail", 7):
+    event.payload["doubled"] = 2 * event.payload.get("doubled", event.payload.get("fail", 7))
+    if runs_of(event) <= event.payload.get("fail", 7):
         raise OutOfServiceError("away")
-    note(event, "handled")
+    note(event, "handled", doubled=event.payload["doubled"])
 
 
 @jetstream_handler("kill.always")
@@ -181,6 +182,13 @@ def limit_soft(event: Event) -> None:
 @jetstream_handler("rated.*", rate_limit="2/s")
 def rated(event: Event) -> None:
     note(event, "handled")
+
+
+@app.task(name="plain")
+def plain(number: int, seconds: float) -> None:
+    """A task of the broker's, beside the handlers."""
+    time.sleep(seconds)
+    jot("plain", number)
 
 
 @jetstream_handler("looped.*")

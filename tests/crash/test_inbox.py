@@ -22,7 +22,7 @@ from tests.banking import Bank
 from tests.conftest import Names
 from tests.crash import faults
 from tests.servers import PostgresServer, RedisServer
-from tests.stack import WORKER, CeleryProcess
+from tests.stack import in_both_modes, in_both_modes_soak
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -56,19 +56,6 @@ def make_bank(
         bank.close()
 
 
-def start_worker(bank: Bank) -> CeleryProcess:
-    """A worker of two, not waited for."""
-    return bank.celery(*WORKER, "-c", "2", "-n", f"w{time.monotonic_ns()}@%h")
-
-
-def start(bank: Bank, workers: int = 1) -> list[CeleryProcess]:
-    found = [start_worker(bank) for _ in range(workers)]
-    bank.bridge()
-    for worker in found:
-        worker.wait_for("ready.")
-    return found
-
-
 def load(bank: Bank, count: int = 100) -> list[str]:
     """Some of each form; each tenth takes 50 ms, so that some are always in the middle."""
     kinds = ("paid.load", "paid.load", "noted.load")
@@ -77,11 +64,12 @@ def load(bank: Bank, count: int = 100) -> list[str]:
     )
 
 
+@in_both_modes_soak
 @pytest.mark.parametrize("point", ["before", "after", "committed"])
-def test_a_child_is_killed(make_bank: MakeBank, rounds: int, point: str) -> None:
+def test_a_child_is_killed(make_bank: MakeBank, rounds: int, point: str, direct: bool) -> None:
     """Before its effect, between effect and commit, between commit and ack."""
-    bank = make_bank()
-    start(bank)
+    bank = make_bank(direct=direct)
+    bank.start()
     events: list[str] = []
     for number in range(rounds):
         events += load(bank)
@@ -91,10 +79,11 @@ def test_a_child_is_killed(make_bank: MakeBank, rounds: int, point: str) -> None
     assert len(list(bank.directory.glob("*.died"))) == rounds, "nobody was killed"
 
 
-def test_a_child_is_killed_around_a_call(make_bank: MakeBank, rounds: int) -> None:
+@in_both_modes_soak
+def test_a_child_is_killed_around_a_call(make_bank: MakeBank, rounds: int, direct: bool) -> None:
     """Before its effect; between effect and mark such a handler runs twice, which is said."""
-    bank = make_bank()
-    start(bank)
+    bank = make_bank(direct=direct)
+    bank.start()
     events: list[str] = []
     for number in range(rounds):
         events += bank.publish("noted.victim", die="before", id=f"noted-{number}")
@@ -103,9 +92,10 @@ def test_a_child_is_killed_around_a_call(make_bank: MakeBank, rounds: int) -> No
     assert len(list(bank.directory.glob("*.died"))) == rounds, "nobody was killed"
 
 
-def test_a_worker_is_killed(make_bank: MakeBank, rounds: int) -> None:
-    bank = make_bank()
-    (worker,) = start(bank)
+@in_both_modes_soak
+def test_a_worker_is_killed(make_bank: MakeBank, rounds: int, direct: bool) -> None:
+    bank = make_bank(direct=direct)
+    (worker,) = bank.start()
     events: list[str] = []
     for number in range(rounds):
         victims = bank.publish("paid.victim", 2, seconds=2)
@@ -114,15 +104,18 @@ def test_a_worker_is_killed(make_bank: MakeBank, rounds: int) -> None:
             lambda victims=victims: all(bank.runs(victim) for victim in victims), 60, "victims"
         )
         worker.kill()
-        worker = start_worker(bank)
+        worker = bank.start_worker()
         bank.exactly_once(events, f"kill -9 of a worker, round {number}")
     again = [line for line in bank.ledger("begun") if line["type"] == "paid.victim"]
     assert len(again) >= 3 * rounds, "no victim was cut off"
 
 
-def test_nats_server_is_killed(make_bank: MakeBank, own_nats: NatsServer, rounds: int) -> None:
-    bank = make_bank(nats=own_nats)
-    start(bank)
+@in_both_modes_soak
+def test_nats_server_is_killed(
+    make_bank: MakeBank, own_nats: NatsServer, rounds: int, direct: bool
+) -> None:
+    bank = make_bank(direct=direct, nats=own_nats)
+    bank.start()
     events: list[str] = []
     for _ in range(rounds):
         events += load(bank, 300)
@@ -133,9 +126,12 @@ def test_nats_server_is_killed(make_bank: MakeBank, own_nats: NatsServer, rounds
         bank.exactly_once(events, "kill -9 of nats-server")
 
 
-def test_one_event_published_twice_with_two_workers(make_bank: MakeBank, rounds: int) -> None:
-    bank = make_bank()
-    start(bank, workers=2)
+@in_both_modes_soak
+def test_one_event_published_twice_with_two_workers(
+    make_bank: MakeBank, rounds: int, direct: bool
+) -> None:
+    bank = make_bank(direct=direct)
+    bank.start(workers=2)
     events: list[str] = []
     for number in range(rounds):
         new = [f"twice-{number}-{n}" for n in range(100)]
@@ -163,7 +159,7 @@ def test_one_message_delivered_to_two_bridges(make_bank: MakeBank, rounds: int) 
         wait_depth(bank, left + 200, "a copy of each in the queue")
         bridges[0].send(signal.SIGSTOP)
         wait_depth(bank, left + 250, "some to be dispatched twice")
-        worker = start_worker(bank)
+        worker = bank.start_worker()
         bridges[0].send(signal.SIGCONT)
         bank.exactly_once(events, "one message delivered to two bridges")
         worker.kill()  # busy with duplicates still
@@ -177,7 +173,7 @@ def test_ids_that_a_restart_forgot_come_again(
     bank = make_bank(nats=own_nats)
     hub = bank.hub_with_outbox()
     outbox = hub.outbox
-    start(bank)
+    bank.start()
     events: list[str] = []
     for number in range(rounds):
         new = [f"again-{number}-{n}" for n in range(100)]
@@ -204,11 +200,12 @@ def test_ids_that_a_restart_forgot_come_again(
     hub.close()
 
 
+@in_both_modes_soak
 def test_the_database_is_restarted_in_mid_handler(
-    make_bank: MakeBank, own_postgres: PostgresServer, rounds: int
+    make_bank: MakeBank, own_postgres: PostgresServer, rounds: int, direct: bool
 ) -> None:
-    bank = make_bank(postgres=own_postgres)
-    start(bank)
+    bank = make_bank(direct=direct, postgres=own_postgres)
+    bank.start()
     events: list[str] = []
     for _ in range(rounds):
         events += bank.publish("paid.slow", 2, seconds=1)
@@ -220,24 +217,28 @@ def test_the_database_is_restarted_in_mid_handler(
         bank.exactly_once(events, "the database restarted in mid-handler")
 
 
+@in_both_modes
 def test_the_database_is_away_for_ten_times_the_retry_span(
-    make_bank: MakeBank, own_postgres: PostgresServer
+    make_bank: MakeBank, own_postgres: PostgresServer, direct: bool
 ) -> None:
     """The span is five attempts with 0.2 s between them: 1 s."""
-    bank = make_bank(postgres=own_postgres)
-    start(bank)
-    (bridge,) = [p for p in bank.processes if "bridge is ready" in p.text()]
+    bank = make_bank(direct=direct, postgres=own_postgres)
+    bank.start()
+    (pausing,) = [p for p in bank.processes if direct or "bridge is ready" in p.text()]
     own_postgres.kill()
     events = bank.publish_many([("paid.load", {"id": n}) for n in range(200)])
-    bridge.wait_for("pauses: its database is away", 30)
+    pausing.wait_for("pauses: its database is away", 30)
     faults.let_pass(10)
     assert bank.dead_count() == 0
     assert not bank.ledger("begun")
     own_postgres.start()
     bank.exactly_once(events, "the database away for ten times the retry span")
-    assert bridge.text().count("pauses: its database is away") == 1
-    assert bridge.text().count("its database answers again") == 1
-    assert {row.attempts for row in bank.inbox.find(limit=1000)} == {0}
+    assert pausing.text().count("pauses: its database is away") == 1
+    assert pausing.text().count("its database answers again") == 1
+    rows = bank.inbox.find(limit=1000)
+    assert {row.attempts for row in rows} == {0}
+    if direct:
+        assert {row.deliveries for row in rows} == {1}, "what waits in the worker came again"
 
 
 def test_deploys_cost_no_attempt(make_bank: MakeBank) -> None:
@@ -246,28 +247,29 @@ def test_deploys_cost_no_attempt(make_bank: MakeBank) -> None:
     bank.bridge()
     events = bank.publish("paid.slow", 16, seconds=0.4)
     for _ in range(2):
-        worker = start_worker(bank)
+        worker = bank.start_worker()
         begun = len(bank.ledger("begun"))
         bank.wait_ledger(lambda b=begun: len(bank.ledger("begun")) >= b + 2, 60, "some to run")
         assert worker.stop(60) == 0
-    start_worker(bank)
+    bank.start_worker()
     bank.exactly_once(events, "three workers, one attempt")
     rows = bank.inbox.find(limit=100)
     assert {row.attempts for row in rows} == {0}
     assert max(row.deliveries for row in rows) > 1, "nothing was handed back"
 
 
-def test_a_cold_shutdown_lets_another_begin_at_once(make_bank: MakeBank) -> None:
+@in_both_modes_soak
+def test_a_cold_shutdown_lets_another_begin_at_once(make_bank: MakeBank, direct: bool) -> None:
     """Its row is given back, so that the lease of a minute is not waited for."""
-    bank = make_bank()
-    (worker,) = start(bank)
+    bank = make_bank(direct=direct)
+    (worker,) = bank.start()
     (around,) = bank.publish("noted.slow", seconds=2)
     (within,) = bank.publish("paid.slow", seconds=2)
     bank.wait_ledger(lambda: bool(bank.runs(around) and bank.runs(within)), 60, "both to run")
     worker.send(signal.SIGQUIT)
     worker.wait(60)
     assert not bank.effects()
-    start_worker(bank)
+    bank.start_worker()
     began = time.monotonic()
     bank.exactly_once([around, within], "SIGQUIT of a worker")
     assert time.monotonic() - began < 30
@@ -278,7 +280,7 @@ def test_a_cold_shutdown_lets_another_begin_at_once(make_bank: MakeBank) -> None
 def test_a_long_handler_with_a_duplicate_every_second(make_bank: MakeBank) -> None:
     """Eight seconds stand for eight minutes, and an ack_wait of 3 s for one of three minutes."""
     bank = make_bank()
-    start(bank)
+    bank.start()
     (event_id,) = bank.publish("paid.long", seconds=8)
     bank.wait_ledger(lambda: bool(bank.runs(event_id)), 60, "it to run")
     for number in range(7):

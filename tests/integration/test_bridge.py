@@ -183,11 +183,16 @@ def test_the_task_id_is_the_stream_and_the_sequence(make_stack: MakeStack) -> No
 def test_revoked_before_it_began_is_a_dead_letter(make_stack: MakeStack) -> None:
     stack = make_stack()
     worker = stack.worker(concurrency=1)
-    app = desk_app(stack)
-    app.control.revoke(f"{stack.names.stream_name}-1", reply=True, timeout=5)
+    control, task_id = desk_app(stack).control, f"{stack.names.stream_name}-1"
+
+    def knows() -> bool:
+        control.revoke(task_id)
+        return any(task_id in ids for ids in (control.inspect().revoked() or {}).values())
+
+    wait_until(knows, 30, "the worker to know")
     stack.publish("order.created")
     stack.bridge()
-    wait_until(lambda: stack.dead_count() == 1, 30, "the dead letter")
+    stack.wait_ledger(lambda: stack.dead_count() == 1, 30, "the dead letter")
     assert stack.dead_letters()[0]["reason"] == "revoked"
     stack.wait_settled()
     assert not stack.ledger()

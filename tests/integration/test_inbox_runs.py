@@ -1,4 +1,4 @@
-"""How each end of a task is recorded and settled with an inbox: real bridge, worker, PostgreSQL."""
+"""How each end of a task is recorded and settled with an inbox: real worker, PostgreSQL."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tests.banking import Bank
 from tests.conftest import Names
 from tests.databases import Database
 from tests.servers import PostgresServer, RedisServer
+from tests.stack import in_both_modes
 
 SETTINGS: dict[str, Any] = {
     "jetstream_backoff": [0.2],
@@ -24,23 +25,25 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["bridge", "direct"])
 def bank(
+    request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
     nats_server: NatsServer,
     redis_server: RedisServer,
     postgres_server: PostgresServer,
 ) -> Iterator[Bank]:
-    """One worker and one bridge for all of these tests: starting a worker costs seconds."""
+    """One worker (and one bridge) for all of these tests: starting a worker costs seconds."""
     directory: Path = tmp_path_factory.mktemp("bank")
-    mark = f"{os.getpid()}-runs"
+    mark = f"{os.getpid()}-{request.param}"
     names = Names(f"bank-{mark}", f"hub-{mark}", f"inbox-{mark}")
-    postgres_server.create_user(f"bank_{os.getpid()}")
-    url = postgres_server.url("postgres", f"bank_{os.getpid()}")
-    bank = Bank(directory, nats_server.url, redis_server.url, names, url, **SETTINGS)
+    user = f"bank_{request.param}_{os.getpid()}"
+    postgres_server.create_user(user)
+    url = postgres_server.url("postgres", user)
+    direct = request.param == "direct"
+    bank = Bank(directory, nats_server.url, redis_server.url, names, url, direct=direct, **SETTINGS)
     try:
-        bank.bridge()
-        bank.worker()
+        bank.start()
         yield bank
     finally:
         bank.close()
@@ -223,6 +226,7 @@ def test_a_bridge_warns_where_the_inbox_forgets_too_early(
         bank.close()
 
 
+@in_both_modes
 @pytest.mark.parametrize(("pool", "concurrency"), [("threads", 4), ("gevent", 10), ("solo", 1)])
 def test_in_every_pool(
     tmp_path: Path,
@@ -232,12 +236,20 @@ def test_in_every_pool(
     names: Names,
     pool: str,
     concurrency: int,
+    direct: bool,
 ) -> None:
     """Each event comes twice, some fail once, and each effect is there once."""
-    bank = Bank(tmp_path, nats_server.url, redis_server.url, names, postgresql.url, **SETTINGS)
+    bank = Bank(
+        tmp_path,
+        nats_server.url,
+        redis_server.url,
+        names,
+        postgresql.url,
+        direct=direct,
+        **SETTINGS,
+    )
     try:
-        bank.bridge()
-        bank.worker(pool=pool, concurrency=concurrency)
+        bank.start(pool=pool, concurrency=concurrency)
         ids = [f"e{number}" for number in range(60)]
         for number, event_id in enumerate(ids):
             kind = ("paid.pool", "noted.pool")[number % 2]
@@ -252,12 +264,12 @@ def test_in_every_pool(
 
 def test_a_duplicate_while_it_runs_comes_again_and_does_not_wait(bank: Bank) -> None:
     """``seconds`` stand for minutes: three duplicates a worker of two, and no place is blocked."""
-    (event_id,) = bank.publish("paid.slow", seconds=3)
+    (event_id,) = bank.publish("paid.slow", seconds=6)
     bank.wait_ledger(lambda: bool(bank.runs(event_id)), 30, "it to run")
     for _ in range(3):
-        bank.publish_again(event_id, "paid.slow", id=0, seconds=3)
+        bank.publish_again(event_id, "paid.slow", id=0, seconds=6)
     (other,) = bank.publish("paid.quick")
-    wait_until(lambda: bank.effects()[other] == 1, 2.5, "another to be handled beside it")
+    wait_until(lambda: bank.effects()[other] == 1, 5.5, "another to be handled beside it")
     assert bank.effects()[event_id] == 0, "the slow one is done: this shows nothing"
     wait_until(lambda: bank.left() == 0, 40, "the duplicates to be settled")
     assert bank.effects()[event_id] == len(bank.runs(event_id)) == 1

@@ -1,4 +1,4 @@
-"""How each end of a task settles its message: a real bridge, a real prefork worker, real Redis."""
+"""How each end of a task settles its message: a real prefork worker, with a bridge and without."""
 
 from __future__ import annotations
 
@@ -23,18 +23,28 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["bridge", "direct"])
 def desk(
-    tmp_path_factory: pytest.TempPathFactory, nats_server: NatsServer, redis_server: RedisServer
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    nats_server: NatsServer,
+    redis_server: RedisServer,
 ) -> Iterator[Stack]:
-    """One worker and one bridge for all of these tests: starting a worker costs seconds."""
+    """One worker (and one bridge) for all of these tests: starting a worker costs seconds."""
     directory: Path = tmp_path_factory.mktemp("desk")
-    names = Names(f"desk-{os.getpid()}", f"hub-{os.getpid()}", f"settlement-{os.getpid()}")
-    stack = Stack(directory, nats_server.url, redis_server.url, names, **SETTINGS)
+    mark = f"{request.param}-{os.getpid()}"
+    names = Names(f"desk-{mark}", f"hub-{mark}", f"settlement-{mark}")
+    stack = Stack(
+        directory,
+        nats_server.url,
+        redis_server.url,
+        names,
+        direct=request.param == "direct",
+        **SETTINGS,
+    )
     try:
         stack.hub.provision()
-        stack.bridge()
-        stack.worker()
+        stack.start()
         yield stack
     finally:
         stack.close()

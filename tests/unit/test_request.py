@@ -9,8 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from billiard.einfo import ExceptionInfo
 from celery import Celery
-from celery.exceptions import TaskRevokedError
+from celery.exceptions import TaskRevokedError, WorkerLostError
 
 from celery_jetstream import jetstream_handler
 from celery_jetstream.delivery import Delivery
@@ -31,7 +32,9 @@ class Bench:
         self.while_acknowledging: Callable[[], object] = lambda: None
         app = Celery("bench", broker="memory://", set_as_current=False)
         app.jetstream = SimpleNamespace(  # the worker's side; there is no server in this test
-            keeper=SimpleNamespace(hold=lambda _: None, begun=lambda _: None),
+            keeper=SimpleNamespace(
+                hold=lambda _: None, begun=lambda _: None, child_lost=lambda _: None
+            ),
             settler=SimpleNamespace(settle=lambda _, settlement: self.did.append(settlement)),
             config=SimpleNamespace(
                 backoff=(1.0,),
@@ -129,3 +132,13 @@ def test_what_no_child_has_is_handed_back() -> None:
     bench.request._apply_result = weakref.ref(result)
     bench.request.hand_back()
     assert bench.did == ["acknowledged", Nak(0)]
+
+
+def test_a_child_that_dies_before_it_accepts_leaves_no_copy_unacknowledged() -> None:
+    """Else its place in the worker's prefetch (or in what a direct worker holds) is never free."""
+    bench = Bench()
+    try:
+        raise WorkerLostError("killed")
+    except WorkerLostError:
+        bench.request.on_failure(ExceptionInfo())
+    assert bench.did == [Nak(1.0), "acknowledged"]
