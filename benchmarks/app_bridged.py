@@ -18,3 +18,11 @@ jetstream = JetStream(app)
 @jetstream_handler("bench.*")
 def handle(event: Event) -> None:
     tick()
+
+
+def one_of_many(event: Event) -> None:
+    tick()
+
+
+for number in range(8):
+    jetstream_handler(f"many{number}.*", name=f"benchmarks.many{number}")(one_of_many)

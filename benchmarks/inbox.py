@@ -19,7 +19,7 @@ from benchmarks.drain import Drain
 from benchmarks.figures import Sample
 from tests.servers import PostgresServer
 
-BASE, PLAIN, INBOX = "no inbox", "plain Celery", "inbox"
+BASE, PLAIN, INBOX, DIRECT_INBOX = "no inbox", "plain Celery", "inbox", "inbox, direct"
 
 
 class Inbox(Drain):
@@ -44,13 +44,21 @@ class Inbox(Drain):
 
     @property
     def variants(self) -> dict[str, Callable[..., Sample]]:
-        return {PLAIN: self.plain, BASE: self.bare, INBOX: self.boxed}
+        return {
+            PLAIN: self.plain,
+            BASE: self.bare,
+            INBOX: self.boxed,
+            DIRECT_INBOX: self.boxed_direct,
+        }
 
     def bare(self, count: int = 0) -> Sample:
         return self.bridged(count, "bare.created")
 
     def boxed(self, count: int = 0) -> Sample:
         return self.bridged(count, "boxed.created")
+
+    def boxed_direct(self, count: int = 0) -> Sample:
+        return self.direct(count, "boxed.created")
 
     def _meters(self) -> dict[str, Callable[[], list[int]]]:
         return {"postgres": lambda: self.postgres.pids}
@@ -66,7 +74,8 @@ class Inbox(Drain):
                 effects = connection.scalar(text("SELECT count(*) FROM effects"))
                 rows = connection.scalar(text("SELECT count(*) FROM jetstream_inbox"))
             assert effects == (count or self.count), f"{effects} effects"
-            assert rows == (effects if name == INBOX else 0), f"{rows} rows of the inbox"
+            boxed = name in (INBOX, DIRECT_INBOX)
+            assert rows == (effects if boxed else 0), f"{rows} rows of the inbox"
             sample.variant = name
             return sample
 

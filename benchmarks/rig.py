@@ -27,6 +27,11 @@ from tests.servers import MariaServer, PostgresServer
 
 OURS = "benchmarks.client_outbox"
 PEERS = ROOT / ".venv-bench"
+#: Of these the report has the versions: the peers, what they stand on, and what draws the figures.
+IN_REPORT = (
+    *("nats-outbox", "faststream-outbox", "faststream", "taskiq", "taskiq-nats", "celery-salt"),
+    *("celery", "nats-py", "matplotlib"),
+)
 STREAM = "bench"
 PEER_STREAM = {"name": STREAM, "subjects": ["bench.>"], "storage": "file"}
 #: Seconds between two looks at whether a peer is done.
@@ -253,12 +258,12 @@ def missing_peers() -> str | None:
 
 
 def peer_versions() -> dict[str, str]:
-    """The versions of the peers, where they are."""
+    """The versions in the peers' environment, where it is."""
     if missing_peers():
         return {}
     pinned = (ROOT / "benchmarks" / "requirements.lock").read_text()
     found = re.findall(r"^([a-z][a-z0-9-]*)==(\S+)", pinned, re.MULTILINE)
-    return {f"{name} (peers)": version for name, version in found if "outbox" in name}
+    return {f"{name} (peers)": version for name, version in found if name in IN_REPORT}
 
 
 async def _read(url: str, count: int) -> Stored:

@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,8 +27,20 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks import drain, inbox, outbox, outbox_growth, outbox_latency, outbox_writers, publish
-from benchmarks.figures import Sample, ratio, shown, summarise, table
+from benchmarks import (
+    drain,
+    growth,
+    inbox,
+    latency,
+    memory,
+    outbox,
+    outbox_growth,
+    outbox_latency,
+    outbox_writers,
+    peers,
+    publish,
+)
+from benchmarks.figures import Sample, shown, summarise, table
 from benchmarks.rig import peer_versions
 from tests.servers import missing
 
@@ -41,35 +54,60 @@ Options = argparse.Namespace
 
 @dataclass(frozen=True)
 class Goal:
-    """What a variant is to reach: a rate, or a ratio to another variant's.
+    """What a variant is to reach: a figure, or that beside another variant's.
 
     Attributes:
         variant: whose.
         value: what it is to reach; None where only the figure is wanted.
-        to: the other variant; None for the rate itself.
+        to: the other variant; None for the figure itself.
         at_most: it is to stay below.
+        of: which figure: the rate, a process' CPU (``cpu bridge``), or another (``p99``).
+        unit: of a figure that is not the rate.
+        less: the other variant's is subtracted, and not divided by.
     """
 
     variant: str
     value: float | None = None
     to: str | None = None
     at_most: bool = False
+    of: str = "rate"
+    unit: str = ""
+    less: bool = False
 
     def line(self, samples: Sequence[Sample], unit: str) -> str:
-        """What was found, and what was wanted; empty where it was not run."""
+        """What was found, what was wanted, and whether it is met; empty where it was not run."""
         names = {sample.variant for sample in samples}
         if not {self.variant, self.to or self.variant} <= names:
             return ""
+        found = self._found(samples)
+        what = self.variant if self.of == "rate" else f"{self.variant}, {self.of}"
         if self.to is None:
-            summary = summarise(samples, self.variant)[self.variant]["rate"]
-            assert isinstance(summary, dict)
-            found = f"{self.variant}: {shown(summary['median'])} {unit}"
+            text = f"{what}: {shown(found)} {self.unit or unit}"
         else:
-            median = ratio(samples, self.variant, self.to)["median"]
-            found = f"{self.variant} / {self.to}: {median:.2f}"
+            sign = "-" if self.less else "/"
+            text = f"{what} {sign} {self.to}: {found:.2f}"
         if self.value is None:
-            return found
-        return f"{found} (goal: at {'most' if self.at_most else 'least'} {self.value:g})"
+            return text
+        met = found <= self.value if self.at_most else found >= self.value
+        bound = f"goal: at {'most' if self.at_most else 'least'} {self.value:g}"
+        return f"{text} ({bound}; {'met' if met else 'NOT MET'})"
+
+    def _found(self, samples: Sequence[Sample]) -> float:
+        if self.to is None:
+            return statistics.median(self._figures(samples, self.variant))
+        pairs = zip(
+            self._figures(samples, self.variant), self._figures(samples, self.to), strict=True
+        )
+        return statistics.median(a - b if self.less else a / b for a, b in pairs)
+
+    def _figures(self, samples: Sequence[Sample], variant: str) -> list[float]:
+        """One for each round."""
+        mine = [sample for sample in samples if sample.variant == variant]
+        if self.of == "rate":
+            return [sample.rate for sample in mine]
+        if self.of.startswith("cpu "):
+            return [sample.cpu[self.of.removeprefix("cpu ")] for sample in mine]
+        return [sample.more[self.of] for sample in mine]
 
 
 @dataclass(frozen=True)
@@ -109,6 +147,31 @@ def _publish(options: Options) -> Iterator[Variants]:
 @contextmanager
 def _drain(options: Options) -> Iterator[Variants]:
     with drain.running(options.count or 3000) as benchmark:
+        yield benchmark.variants
+
+
+@contextmanager
+def _threads(options: Options) -> Iterator[Variants]:
+    with drain.running(options.count or 3000, pool=drain.THREADS) as benchmark:
+        yield benchmark.variants
+
+
+@contextmanager
+def _handler_latency(options: Options) -> Iterator[Variants]:
+    with latency.running(min(options.count or 200, 200)) as benchmark:
+        yield benchmark.turns
+
+
+@contextmanager
+def _threads_latency(options: Options) -> Iterator[Variants]:
+    with latency.running(min(options.count or 200, 200), pool=drain.THREADS) as benchmark:
+        yield benchmark.turns
+
+
+@contextmanager
+def _peers(options: Options) -> Iterator[Variants]:
+    with peers.running(options.count or 3000) as benchmark:
+        _left_out(benchmark.left_out)
         yield benchmark.variants
 
 
@@ -162,30 +225,118 @@ def _rounds(
     return samples
 
 
+def _outbox_growth(name: str, options: Options) -> list[Sample]:
+    with outbox_growth.running(options.rounds, options.rows) as benchmark:
+        return _shown(name, benchmark.samples())
+
+
 def _growth(name: str, options: Options) -> list[Sample]:
+    with growth.running(options.count or 5000) as benchmark:
+        found = _shown(name, benchmark.samples(options.rounds, options.rows))
+        order = list(benchmark.turns(options.rows))
+    return sorted(found, key=lambda sample: order.index(sample.variant))
+
+
+def _memory(name: str, options: Options) -> list[Sample]:
+    with memory.running(options.count or 500_000) as benchmark:
+        return _shown(name, benchmark.samples())
+
+
+def _shown(name: str, samples: Iterable[Sample]) -> list[Sample]:
     found = []
-    with outbox_growth.running(options.rounds, options.rows) as growth:
-        for sample in growth.samples():
-            found.append(sample)
-            _progress(name, sample)
+    for sample in samples:
+        found.append(sample)
+        _progress(name, sample)
     return found
 
 
 DATABASE = ("nats", "postgresql")
 BENCHMARKS = {
     "publish": Benchmark(
-        _rounds(_publish), (publish.BASE,), (Goal("publish_batch", 5.0, publish.BASE),)
+        _rounds(_publish),
+        (publish.BASE,),
+        (
+            Goal("apublish", 0.9, publish.BASE),
+            Goal("publish", 0.6, publish.BASE),
+            Goal("publish_batch", 0.8, publish.PIPELINED),
+            Goal("publish_batch", 5.0, "publish"),
+        ),
     ),
     "drain": Benchmark(
         _rounds(_drain),
         (drain.BASE,),
-        (Goal("bridged", 0.75, drain.BASE),),
+        (
+            Goal(drain.BRIDGED, 0.9, drain.BASE),
+            Goal(drain.BRIDGED, 200, at_most=True, of="cpu bridge", unit="us"),
+            Goal(drain.DIRECT, 2.0, drain.BASE),
+        ),
+        needs=("nats", "redis"),
+    ),
+    "drain-threads": Benchmark(
+        _rounds(_threads),
+        (drain.BASE,),
+        (Goal(drain.BRIDGED, None, drain.BASE), Goal(drain.DIRECT, 4.0, drain.BASE)),
+        needs=("nats", "redis"),
+    ),
+    "latency": Benchmark(
+        _rounds(_handler_latency),
+        (drain.BASE,),
+        (
+            Goal(drain.BRIDGED, 3.0, drain.BASE, at_most=True, less=True),
+            Goal(drain.DIRECT, 10.0, at_most=True, of="p99", unit="ms"),
+        ),
+        unit="ms",
+        more=("p99", "max"),
+        needs=("nats", "redis"),
+    ),
+    "latency-threads": Benchmark(
+        _rounds(_threads_latency),
+        (drain.BASE,),
+        (Goal(drain.DIRECT, 10.0, at_most=True, of="p99", unit="ms"),),
+        unit="ms",
+        more=("p99", "max"),
+        needs=("nats", "redis"),
+    ),
+    "growth": Benchmark(
+        _growth,
+        ("direct, backlog 1,000",),
+        tuple(
+            Goal(f"{mode}, backlog 1,000,000", None, f"{mode}, backlog 10,000")
+            for mode in (drain.DIRECT, drain.BRIDGED)
+        ),
+        needs=("nats", "redis"),
+    ),
+    "memory": Benchmark(
+        _memory,
+        (f"{drain.DIRECT}, worker",),
+        tuple(
+            Goal(f"{mode}, {process}", 1.1, at_most=True, unit="of what it was")
+            for mode, process in (
+                (drain.DIRECT, "worker"),
+                (drain.DIRECT, "child"),
+                (drain.BRIDGED, "worker"),
+                (drain.BRIDGED, "child"),
+                (drain.BRIDGED, "bridge"),
+            )
+        ),
+        unit="x",
+        more=("before", "after"),
+        needs=("nats", "redis"),
+    ),
+    "peers": Benchmark(
+        _rounds(_peers),
+        (peers.BASE,),
+        tuple(Goal(peers.DIRECT, None, name) for name in (peers.BASE, *peers.HANDLERS)),
         needs=("nats", "redis"),
     ),
     "inbox": Benchmark(
         _rounds(_inbox),
         (inbox.BASE,),
-        (Goal(inbox.INBOX, 0.75, inbox.BASE), Goal(inbox.INBOX, None, inbox.PLAIN)),
+        (
+            Goal(inbox.INBOX, 0.75, inbox.BASE),
+            Goal(inbox.INBOX, None, inbox.PLAIN),
+            Goal(inbox.DIRECT_INBOX, None, inbox.PLAIN),
+        ),
         needs=("nats", "redis", "postgresql"),
     ),
     "outbox": Benchmark(
@@ -229,7 +380,7 @@ BENCHMARKS = {
         _rounds(_adding), (outbox_writers.ADD_BASE,), (), unit="events/s", needs=DATABASE
     ),
     "outbox-growth": Benchmark(
-        _growth,
+        _outbox_growth,
         (outbox_growth.BASE,),
         (Goal("1,000,000", 0.8, outbox_growth.BASE),),
         unit="rows/s",
@@ -259,6 +410,7 @@ def main() -> int:
         found[name] = benchmark.samples(name, options)
         _show(name, benchmark, found[name])
     if found:
+        _show_goals(found)
         _write(found, options)
     return failed
 
@@ -299,6 +451,18 @@ def _show(name: str, benchmark: Benchmark, samples: list[Sample]) -> None:
     for goal in benchmark.goals:
         if line := goal.line(samples, benchmark.unit):
             print(line)
+    print()
+
+
+def _show_goals(found: Mapping[str, Sequence[Sample]]) -> None:
+    """Every goal that was run for, side by side."""
+    print("goals:")
+    for name, samples in found.items():
+        benchmark = BENCHMARKS[name]
+        for goal in benchmark.goals:
+            line = goal.line(samples, benchmark.unit)
+            if line and goal.value is not None:
+                print(f"  {name:16}{line}")
     print()
 
 

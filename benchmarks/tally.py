@@ -16,7 +16,7 @@ from pathlib import Path
 DIRECTORY = "BENCH_TALLY"
 _COUNT = struct.Struct("<q")
 _TIME = struct.Struct("<d")
-_SIZE = 8 * 2**20  # a million runs; the file is sparse
+_SIZE = 8 * 2**22  # four million runs; the file is sparse
 
 _pid = 0
 _count = 0
