@@ -76,9 +76,17 @@ class Direct(bootsteps.StartStopStep):
         self._intake: Intake | None = None
 
     def include_if(self, consumer: Any) -> bool:
-        """Whether this worker is one of direct mode."""
+        """Whether this worker is one of direct mode, and has anything to run."""
         jetstream = consumer.app.jetstream
-        return bool(jetstream.dedicated or jetstream.config.direct)
+        if not (jetstream.dedicated or jetstream.config.direct):
+            return False
+        if not jetstream.check():
+            logger.warning(
+                "jetstream_direct is on, and this worker knows no @jetstream_handler: it takes no "
+                "messages, for each would become a dead letter. Import the modules that define them"
+            )
+            return False
+        return True
 
     def start(self, consumer: Any) -> None:
         """Begins to pull; does not wait for a server."""
@@ -248,8 +256,11 @@ class Intake:
         with selectors.DefaultSelector() as selector:
             selector.register(self._wake.fileno(), selectors.EVENT_READ)
             while not self._stopping:
-                if selector.select(1.0):
-                    self._hand_over()
+                try:
+                    if selector.select(1.0):
+                        self._hand_over()
+                except Exception:
+                    logger.exception("handing messages over failed; trying on")
 
     def _hand_over(self) -> None:
         """Hands what has arrived to Celery, for a moment at the most: there is other work."""

@@ -13,7 +13,7 @@ from celery import Celery
 from celery_jetstream import JetStream, jetstream_handler
 from celery_jetstream.config import Config
 from celery_jetstream.delivery import Delivery
-from celery_jetstream.direct import MOST_AHEAD, Intake, Pace, Wake
+from celery_jetstream.direct import MOST_AHEAD, Direct, Intake, Pace, Wake
 from celery_jetstream.dispatcher import TaskMessages
 from celery_jetstream.handlers import Handlers
 from celery_jetstream.inflight import Flight
@@ -140,6 +140,27 @@ def test_what_it_holds_takes_its_room_until_it_begins() -> None:
     ack(None, ())
     ack(None, ())
     assert (before, desk.intake._ahead) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("direct", "dedicated", "handlers", "included"),
+    [
+        (False, False, True, False),
+        (True, False, True, True),
+        (False, True, True, True),
+        (True, False, False, False),
+    ],
+)
+def test_who_takes_messages(
+    direct: bool, dedicated: bool, handlers: bool, included: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a handler each message would become a dead letter."""
+    jetstream = SimpleNamespace(
+        dedicated=dedicated, config=SimpleNamespace(direct=direct), check=lambda: handlers
+    )
+    consumer = SimpleNamespace(app=SimpleNamespace(jetstream=jetstream))
+    assert Direct(consumer).include_if(consumer) is included
+    assert ("knows no @jetstream_handler" in caplog.text) is (not handlers)
 
 
 @jetstream_handler("template.*", name="templates.one", time_limit=7)
