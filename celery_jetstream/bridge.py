@@ -174,8 +174,11 @@ class Bridge:
         config = self.config
         session = await self.jetstream.connection.session()
         await self._listen(session)
-        with contextlib.suppress(Exception):  # an answer here comes after what the server denies
-            await session.client.flush(timeout=30)  # late, it would end nats-py's read loop
+        # nats-py's PING overtakes what it has not sent yet: the answer to the second one comes
+        # after what the server denies (too late, an answer would end nats-py's read loop)
+        with contextlib.suppress(Exception):
+            await session.client.flush(timeout=30)
+            await session.client.flush(timeout=30)
         if "permissions violation" in str(session.error).lower():
             raise ConfigurationError(
                 "the NATS user may not subscribe to $JS.ACK." + config.stream_name + ".>: without "
