@@ -437,26 +437,34 @@ class DirectMessage(Source):
 class Pace:
     """How many messages it is worth to have ready: those that begin in the next 0.2 s.
 
+    Those of the whole pool: beside a broker's tasks, ours alone would take the less room the less
+    room they had.
+
     Args:
         clock: of seconds.
+        total: how many tasks the pool has begun.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        total: Callable[[], int] = lambda: int(worker_state.all_total_count[0]),
+    ) -> None:
         self._clock = clock
+        self._total = total
         self._since = self._last = clock()
-        self._count = 0
+        self._before = total()
         self._rate = 0.0
 
     def began(self) -> None:
         """One has begun."""
-        now = self._clock()
+        now, total = self._clock(), self._total()
         if now - self._last > PACE_KEPT:
-            self._since, self._count, self._rate = now, 0, 0.0
+            self._since, self._before, self._rate = now, total, 0.0
         self._last = now
-        self._count += 1
         if now - self._since >= AHEAD / 2:
-            self._rate = self._count / (now - self._since)
-            self._since, self._count = now, 0
+            self._rate = (total - self._before) / (now - self._since)
+            self._since, self._before = now, total
 
     def ahead(self) -> int:
         """So many."""

@@ -24,7 +24,7 @@ OF_INSTANCES = {"on_task_message", "initial_prefetch_count"}
 
 
 def test_the_table_is_there() -> None:
-    assert len(NAMED) == 15
+    assert len(NAMED) == 16
 
 
 @pytest.mark.parametrize("path", NAMED)
