@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import random
 import selectors
 import threading
@@ -38,7 +37,7 @@ from .inflight import Flight
 from .pauses import Pauses
 from .request import HandBack, Source
 from .settlement import DeadLetter, End, Nak
-from .threads import native_lock
+from .threads import Wake, native_lock
 
 __all__ = ("Direct",)
 
@@ -471,45 +470,6 @@ class Pace:
         if self._clock() - self._last > PACE_KEPT:
             return 0
         return min(MOST_AHEAD, int(self._rate * AHEAD))
-
-
-class Wake:
-    """A pipe that an event loop can wait for. ``set`` from any thread."""
-
-    def __init__(self) -> None:
-        self._reader, self._writer = os.pipe()
-        os.set_blocking(self._reader, False)
-        os.set_blocking(self._writer, False)
-        self._lock = native_lock()
-        self._is_set = False
-        self._closed = False
-
-    def fileno(self) -> int:
-        """What to wait for, to be read from."""
-        return self._reader
-
-    def set(self) -> None:
-        """Has the loop look; once for many."""
-        if self._is_set:
-            return
-        with self._lock:
-            if not self._closed:
-                self._is_set = True
-                with contextlib.suppress(BlockingIOError):
-                    os.write(self._writer, b"\0")
-
-    def clear(self) -> None:
-        """Reads first: who sets it after that writes again, or is seen by what follows."""
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._reader, 64)
-        self._is_set = False
-
-    def close(self) -> None:
-        """Nobody looks any more."""
-        with self._lock:
-            self._closed = True
-            os.close(self._reader)
-            os.close(self._writer)
 
 
 def slots(consumer: Any) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-__all__ = ("NativeEvent", "blocking", "native_lock", "start_native_thread", "wait")
+__all__ = ("NativeEvent", "Wake", "blocking", "native_lock", "start_native_thread", "wait")
 
 T = TypeVar("T")
 
@@ -78,3 +80,42 @@ class NativeEvent:
         if is_set:
             self._unset.release()
         return is_set
+
+
+class Wake:
+    """A pipe that an event loop can wait for. ``set`` from any thread."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._reader, False)
+        os.set_blocking(self._writer, False)
+        self._lock = native_lock()
+        self._is_set = False
+        self._closed = False
+
+    def fileno(self) -> int:
+        """What to wait for, to be read from."""
+        return self._reader
+
+    def set(self) -> None:
+        """Has the loop look; once for many."""
+        if self._is_set:
+            return
+        with self._lock:
+            if not self._closed:
+                self._is_set = True
+                with contextlib.suppress(BlockingIOError):
+                    os.write(self._writer, b"\0")
+
+    def clear(self) -> None:
+        """Reads first: who sets it after that writes again, or is seen by what follows."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._reader, 64)
+        self._is_set = False
+
+    def close(self) -> None:
+        """Nobody looks any more."""
+        with self._lock:
+            self._closed = True
+            os.close(self._reader)
+            os.close(self._writer)

@@ -13,11 +13,12 @@ from celery import Celery
 from celery_jetstream import JetStream, jetstream_handler
 from celery_jetstream.config import Config
 from celery_jetstream.delivery import Delivery
-from celery_jetstream.direct import MOST_AHEAD, Direct, Intake, Pace, Wake
+from celery_jetstream.direct import MOST_AHEAD, Direct, Intake, Pace
 from celery_jetstream.dispatcher import TaskMessages
 from celery_jetstream.handlers import Handlers
 from celery_jetstream.inflight import Flight
 from celery_jetstream.settlement import Nak
+from celery_jetstream.threads import Wake
 
 
 class Clock:
