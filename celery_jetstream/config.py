@@ -15,6 +15,7 @@ from types import MappingProxyType, ModuleType
 from typing import Any
 
 from . import readers, servers
+from . import sources as origins
 from . import subjects as grammar
 from .exceptions import ConfigurationError
 
@@ -62,6 +63,9 @@ class Config:
     # What things are called. Everything on the server is named after these.
     app_name: str = _setting("", readers.name(grammar.validate_app_name), '"api"')
     destination_app: str = _setting("", readers.name(grammar.validate_app_name), '"worker"')
+    sources: tuple[origins.Source, ...] = _setting(
+        (), origins.sources, '["billing", "crm"], or {"billing": {"max_ack_pending": 100}}'
+    )
     stream_name: str = _setting(
         "jetstream-bridge-stream",
         readers.name(grammar.validate_stream_name),
@@ -80,6 +84,10 @@ class Config:
     max_payload: int = _setting(1024**2, readers.whole(16 * 1024, 64 * 1024**2), "1048576 (1 MiB)")
 
     # How messages are taken and kept in progress.
+    consumer_mode: str = _setting("pull", readers.choice("pull", "push"), '"pull"')
+    delivery_subject: str | None = _setting(
+        None, readers.name(grammar.validate_subject), '"worker.sync.api.worker"'
+    )
     ack_wait: float = _setting(30.0, readers.seconds("0.1s", "24h"), '30 or "30s"')
     lease: float = _setting(600.0, readers.seconds("0.1s", "30d"), '600 or "10m"')
     max_hold: float = _setting(3600.0, readers.seconds("0.1s", "30d"), '3600 or "1h"')
@@ -151,6 +159,7 @@ class Config:
     def __post_init__(self) -> None:
         values, problems = _check({name: getattr(self, name) for name in _FIELDS})
         _raise(problems)
+        values["sources"] = values["sources"] or (origins.Source(values["destination_app"]),)
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
@@ -182,9 +191,9 @@ class Config:
         return grammar.publish_subject(self.app_name, self.destination_app)
 
     @property
-    def consume_subject(self) -> str:
+    def consume_subjects(self) -> tuple[str, ...]:
         """Where the events for this app come from."""
-        return grammar.consume_subject(self.app_name, self.destination_app)
+        return tuple(grammar.publish_subject(s.name, self.app_name) for s in self.sources)
 
     @property
     def dead_letter_subject(self) -> str:
@@ -192,15 +201,23 @@ class Config:
         return grammar.dead_letter_subject(self.app_name)
 
     @property
-    def durable(self) -> str:
-        """The name of this app's consumer."""
-        return grammar.durable_name(self.app_name)
+    def subjects(self) -> tuple[str, ...]:
+        """What the stream must hold: both directions of each pair, and everybody's dead letters."""
+        others = dict.fromkeys((self.destination_app, *(source.name for source in self.sources)))
+        both = [
+            subject
+            for other in others
+            for subject in (
+                grammar.publish_subject(self.app_name, other),
+                grammar.publish_subject(other, self.app_name),
+            )
+        ]
+        return (*both, *map(grammar.dead_letter_subject, (self.app_name, *others)))
 
     @property
-    def subjects(self) -> tuple[str, str, str, str]:
-        """What the stream must hold: both directions, and the dead letters of both apps."""
-        other = grammar.dead_letter_subject(self.destination_app)
-        return self.publish_subject, self.consume_subject, self.dead_letter_subject, other
+    def pushes(self) -> bool:
+        """Whether the server sends messages to the bridges, unasked."""
+        return self.consumer_mode == "push"
 
     @property
     def payload_limit(self) -> int:
@@ -241,6 +258,22 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...] = (
         ("app_name", "destination_app"),
         lambda app, other: len(app) + len(other) <= 240,
         "too long for a subject of 255 characters; use at most 240 characters for both",
+    ),
+    (
+        ("app_name", "sources"),
+        lambda app, sources: all(source.name != app for source in sources),
+        "the service would consume its own events; name other apps",
+    ),
+    (
+        ("app_name", "sources"),
+        lambda app, sources: all(len(app) + len(source.name) <= 240 for source in sources),
+        "too long for a subject of 255 characters; use at most 240 characters for both",
+    ),
+    (
+        ("consumer_mode", "direct"),
+        lambda mode, direct: not (mode == "push" and direct),
+        "a worker of direct mode takes what it has room for, so it pulls; use"
+        ' jetstream_consumer_mode="pull", or a bridge',
     ),
     (
         ("lease", "ack_wait"),

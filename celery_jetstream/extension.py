@@ -18,8 +18,10 @@ from celery import Celery, bootsteps
 from celery import signals as celery_signals
 
 from . import plans, signals, specs, topology
+from .capabilities import has_filter_subjects
 from .config import Config
 from .connection import Connection
+from .consumers import consumer_specs, may_share, stream_spec
 from .direct import Direct
 from .events import Event
 from .exceptions import ConfigurationError, EventError, NotConnectedError
@@ -125,7 +127,7 @@ class JetStream:
     # -- connection ------------------------------------------------------------------------------
 
     def connect(self) -> None:
-        """Connects now, and makes sure of stream and consumer where ``auto_provision`` is on.
+        """Connects now, and makes sure of stream and consumers where ``auto_provision`` is on.
 
         Raises:
             ConfigurationError: the settings are wrong, or two handlers have one pattern.
@@ -343,30 +345,31 @@ class JetStream:
         except NotConnectedError:
             return {}
 
+    async def consumers(self) -> tuple[specs.ConsumerSpec, ...]:
+        """The consumers that bring this app's events. Loop thread.
+
+        Raises:
+            NotConnectedError: there are several sources, and the server is not there to be asked
+                whether they can share a consumer.
+        """
+        config = self.config
+        each = consumer_specs(config)
+        if not may_share(config):
+            return each
+        session = await self.connection.session()
+        if not has_filter_subjects(session.server_version):
+            return each
+        # made when the server was older, or when a source had settings of its own: they stay
+        operation = f"CONSUMER.INFO.{config.stream_name}.{each[1].durable}"
+        return consumer_specs(config, shared="error" in await self._api(operation, {}))
+
     async def _ensure(self) -> plans.Plan:
-        return await topology.ensure(self._api, *self._specs())
+        return await topology.ensure(
+            self._api, stream_spec(self.config), *await self.consumers()
+        )
 
     async def _plan(self) -> plans.Plan:
-        return await topology.plan(self._api, *self._specs())
-
-    def _specs(self) -> tuple[specs.StreamSpec, specs.ConsumerSpec]:
-        config = self.config
-        stream = specs.StreamSpec(
-            name=config.stream_name,
-            subjects=config.subjects,
-            num_replicas=config.num_replicas,
-            duplicate_window=config.duplicate_window,
-            max_age=config.max_age,
-            allow_atomic=config.outbox_atomic,
-        )
-        consumer = specs.ConsumerSpec(
-            stream=config.stream_name,
-            durable=config.durable,
-            filter_subject=config.consume_subject,
-            ack_wait=config.ack_wait,
-            max_ack_pending=config.max_ack_pending,
-        )
-        return stream, consumer
+        return await topology.plan(self._api, stream_spec(self.config), *await self.consumers())
 
     async def _api(self, subject: str, request: Mapping[str, Any]) -> dict[str, Any]:
         session = await self.connection.session()

@@ -21,7 +21,7 @@ Action = Literal["create", "update", "none"]
 Ignored = frozenset[tuple[Kind, str]]
 """Fields that the server accepted and did not take over."""
 
-_DURATIONS = ("duplicate_window", "max_age", "ack_wait", "backoff")
+_DURATIONS = ("duplicate_window", "max_age", "ack_wait", "backoff", "idle_heartbeat")
 
 # Fields of what exists already that we do not change; the server refuses it for nearly all.
 _FIXED = {
@@ -136,7 +136,7 @@ def compare(
 def _raise_drift(kind: Kind, name: str, drift: Sequence[Difference], stream: str) -> NoReturn:
     faults = "; ".join(
         f"{key} must be {_text(key, wanted)}, found {_text(key, found)}"
-        + (" (a push consumer)" if key == "deliver_subject" else "")
+        + (" (a push consumer)" if key == "deliver_subject" and found else "")
         for key, found, wanted in drift
     )
     raise DriftError(

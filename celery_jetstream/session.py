@@ -78,8 +78,7 @@ class Session:
                 raise NotConnectedError("the NATS server closed the connection at once")
             self.client.tune_socket()
             self._prefix = self.client.new_inbox() + "."
-            self.client.answer_directly(self._prefix, self._on_answer)
-            await self.client.subscribe(self._prefix + "*", cb=self._on_reply)
+            await self.subscribe(self._prefix + "*", self._on_answer)
         except BaseException as error:
             self.client.abort()
             if self.error is None or not isinstance(error, Exception):
@@ -157,6 +156,11 @@ class Session:
         return token
 
     @property
+    def server_version(self) -> str:
+        """The server's, such as ``2.15.1``; "" where it did not say."""
+        return str(self.client._server_info.get("version", ""))
+
+    @property
     def full(self) -> bool:
         """So much waits to be written that no more is to be posted before a :meth:`flush`."""
         return self.client.pending_data_size >= FULL
@@ -216,18 +220,61 @@ class Session:
             raise NotConnectedError(f"could not send to NATS: {error!r}") from error
 
     async def subscribe(
-        self, subject: str, receive: Callable[[Msg], Awaitable[None]]
+        self, subject: str, receive: Callable[[Msg], None], queue: str = ""
     ) -> Subscription:
-        """Has ``receive`` awaited for each message; raises ``NotConnectedError`` as above."""
+        """Has ``receive`` called for each message, as it is read: it must not block.
+
+        Args:
+            subject: what to hear; wildcards go.
+            receive: called in the loop thread. What it raises is logged.
+            queue: a queue group, of which one member gets each message.
+
+        Raises:
+            NotConnectedError: it cannot be sent now.
+        """
+
+        async def early(message: Msg) -> None:  # before the receiver is known, if ever
+            receive(message)
+
         try:
-            return await self.client.subscribe(subject, cb=receive)
+            subscription = await self.client.subscribe(subject, queue, cb=early)
         except (NatsError, OSError) as error:
             raise NotConnectedError(f"could not subscribe to {subject}: {error!r}") from error
+        self.client.receivers[subscription._id] = receive
+        return subscription
+
+    async def unsubscribe(self, subscription: Subscription, timeout: float = 0.0) -> None:
+        """Takes the interest away, and hears what was on its way, ``timeout`` seconds at the most.
+
+        Never raises for the broker's sake.
+        """
+        with contextlib.suppress(NatsError, OSError):
+            await subscription.unsubscribe()
+        if timeout:
+            await self.round_trip(timeout)
+        self.client.receivers.pop(subscription._id, None)
+
+    async def round_trip(self, timeout: float) -> bool:
+        """Waits until the server has taken in what was sent, and we what it had said before that.
+
+        Returns:
+            Whether it has, in ``timeout`` seconds.
+        """
+        # not cancelled: a PONG that comes too late for nats-py's future ends its read loop
+        pongs = asyncio.ensure_future(self._ping_twice())
+        await asyncio.wait({pongs}, timeout=timeout)
+        return pongs.done() and pongs.result()
+
+    async def _ping_twice(self) -> bool:
+        """nats-py's PING overtakes what it has not written yet: the second comes after that."""
+        try:
+            for _ in range(2):
+                await self.client.flush(timeout=60)
+        except (NatsError, OSError, asyncio.TimeoutError):
+            return False
+        return True
 
     # -- what nats-py calls: never raises (that would kill its read loop), never blocks ----------
-
-    async def _on_reply(self, message: Msg) -> None:
-        self._on_answer(message)
 
     def _on_answer(self, message: Msg) -> None:
         token = message.subject[len(self._prefix) :]
@@ -314,8 +361,8 @@ class Client(nats.aio.client.Client):
     def __init__(self, *, tls_wanted: bool) -> None:
         super().__init__()
         self._tls_wanted = tls_wanted
-        self._inbox = b""
-        self._on_answer: Callable[[Msg], None] | None = None
+        #: What is called for a subscription's messages, by its number.
+        self.receivers: dict[int, Callable[[Msg], None]] = {}
         clients.add(self)
 
     def _connect_command(self) -> bytes:
@@ -329,21 +376,24 @@ class Client(nats.aio.client.Client):
         command: bytes = super()._connect_command()
         return command
 
-    def answer_directly(self, inbox: str, on_answer: Callable[[Msg], None]) -> None:
-        """Has ``on_answer`` called for what comes to the subjects that begin with ``inbox``.
-
-        Of those only with what has no headers; the rest goes the usual way.
-        """
-        self._inbox, self._on_answer = inbox.encode(), on_answer
-
     async def _process_msg(
         self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes
     ) -> None:
-        """Hands an answer over at once: nats-py's queue and task cost as much as all the rest."""
-        if self._on_answer is None or headers or not subject.startswith(self._inbox):
+        """Hands a message over at once: nats-py's queue and task cost as much as all the rest.
+
+        So none waits anywhere unseen when we stop. Whatever goes wrong ends here: an error would
+        end the read loop, and the message would come again and end the next one.
+        """
+        receive = self.receivers.get(sid)
+        if receive is None:
             await super()._process_msg(sid, subject, reply, data, headers)
-        else:
-            self._on_answer(self._build_message(sid, subject, reply, data, None))
+            return
+        try:
+            self.stats["in_msgs"] += 1
+            found = await self._process_headers(headers) if headers else None
+            receive(self._build_message(sid, subject, reply, data, found))
+        except Exception:
+            logger.exception("receiving a message on %s failed", subject.decode(errors="replace"))
 
     def put(self, frame: bytes) -> None:
         """Appends to what is to be written; :meth:`kick` writes it."""

@@ -11,13 +11,16 @@ from typing import Any
 
 from .subjects import matches
 
-__all__ = ("NANOSECONDS", "Configuration", "ConsumerSpec", "StreamSpec")
+__all__ = ("IDLE_HEARTBEAT", "NANOSECONDS", "Configuration", "ConsumerSpec", "StreamSpec")
 
 Configuration = dict[str, Any]
 """A stream's or a consumer's configuration in the server's own words; durations in nanoseconds."""
 
 NANOSECONDS = 1_000_000_000
 """In a second."""
+
+IDLE_HEARTBEAT = 5.0
+"""Seconds between two signs of life of a push consumer that has nothing to send."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,35 +73,60 @@ class StreamSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ConsumerSpec:
-    """The durable pull consumer that we need: explicit acks, no ``backoff``, no ``max_deliver``.
+    """The durable consumer that we need: explicit acks, no ``backoff``, no ``max_deliver``.
 
     Args:
         stream: The stream that it reads.
         durable: Its name.
-        filter_subject: The subject whose messages it takes.
+        filter_subjects: The subjects whose messages it takes; more than one needs a server from
+            2.10 on (before, it would take all messages of the stream).
         ack_wait: Seconds until a message is delivered again if nobody said that it is in work.
         max_ack_pending: How many messages may be delivered and not yet settled.
+        batch_size: The most messages that one pull asks for; not the server's business.
+        deliver_subject: Where a push consumer delivers; "" for a pull consumer.
     """
 
     stream: str
     durable: str
-    filter_subject: str
+    filter_subjects: tuple[str, ...]
     ack_wait: float
     max_ack_pending: int
+    batch_size: int = 256
+    deliver_subject: str = ""
+
+    @property
+    def deliver_group(self) -> str:
+        """The queue group of those who share what a push consumer delivers."""
+        return self.durable
 
     def wanted(self) -> Configuration:
         """The fields that we ask for; None is one that must not be set."""
+        subjects = list(self.filter_subjects)
+        one = len(subjects) == 1
         return {
             "durable_name": self.durable,
-            "filter_subject": self.filter_subject,
+            "filter_subject": subjects[0] if one else None,
+            "filter_subjects": None if one else subjects,
             "ack_policy": "explicit",
             "deliver_policy": "all",
             "replay_policy": "instant",
             "ack_wait": _nanoseconds(self.ack_wait),
             "max_ack_pending": self.max_ack_pending,
             "max_deliver": -1,  # a finite one leaves a message in the work queue for ever, unseen
-            # backoff overrides ack_wait and adds to nak delays; headers_only cuts the events off.
-            **dict.fromkeys(("backoff", "filter_subjects", "headers_only", "deliver_subject")),
+            # backoff overrides ack_wait and adds to nak delays; headers_only cuts the events off;
+            # a consumer with priority groups answers only to who names one
+            **dict.fromkeys(("backoff", "headers_only", "priority_groups")),
+            **self._delivery(),
+        }
+
+    def _delivery(self) -> Configuration:
+        if not self.deliver_subject:
+            return dict.fromkeys(("deliver_subject", "deliver_group", "flow_control"))
+        return {
+            "deliver_subject": self.deliver_subject,
+            "deliver_group": self.deliver_group,
+            "flow_control": True,
+            "idle_heartbeat": _nanoseconds(IDLE_HEARTBEAT),
         }
 
 

@@ -63,9 +63,16 @@ def dead_letter_subject(app_name: str) -> str:
     return validate_subject(f"{validate_app_name(app_name)}.sync.{_DLQ}")
 
 
-def durable_name(app_name: str) -> str:
-    """Name the durable consumer that all bridges of ``app_name`` share."""
-    return validate_token(f"{validate_app_name(app_name)}-workers", "durable name")
+def durable_name(app_name: str, source: str | None = None) -> str:
+    """Name a durable consumer that all bridges of ``app_name`` share.
+
+    Args:
+        app_name: the app that receives.
+        source: the app that it receives from, where that has a consumer of its own beside the
+            first.
+    """
+    end = "" if source is None else f"-{validate_app_name(source)}"
+    return validate_token(f"{validate_app_name(app_name)}-workers{end}", "durable name")
 
 
 def validate_token(value: str, what: str) -> str:

@@ -15,8 +15,9 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any, NoReturn
 
 from .exceptions import NotConnectedError, SubjectOverlapError, TopologyError
@@ -80,9 +81,9 @@ class _RefusedError(TopologyError):
 
 
 async def ensure(
-    api: Api, stream: StreamSpec, consumer: ConsumerSpec | None = None, *, deadline: float = 30.0
+    api: Api, stream: StreamSpec, *consumers: ConsumerSpec, deadline: float = 30.0
 ) -> Plan:
-    """Bring stream and consumer to what is wanted; do nothing where they are.
+    """Bring stream and consumers to what is wanted; do nothing where they are.
 
     Safe to run in any number of processes at once. ``allow_atomic`` is asked for and not insisted
     on: a server before 2.12 ignores it, and some configurations cannot have it.
@@ -90,7 +91,7 @@ async def ensure(
     Args:
         api: Calls JetStream's API.
         stream: The stream wanted.
-        consumer: The consumer wanted; None leaves consumers alone.
+        consumers: The consumers wanted; others are left alone.
         deadline: Seconds after which it gives up while others keep undoing our changes.
 
     Returns:
@@ -111,11 +112,11 @@ async def ensure(
     while True:
         began = time.monotonic()
         try:
-            current = await plan(api, stream, consumer)
+            current = await plan(api, stream, *consumers)
             first, silent = first or current, 0
             if current.changed:
                 quiet, obstacle, before = 0, f"others undo this:\n{current}", ignored
-                stream, ignored = _conceded(stream, await _apply(api, current, consumer))
+                stream, ignored = _conceded(stream, await _apply(api, current, consumers))
                 if twice := before & ignored:  # once may be another's update in between
                     await _raise_ignored(api, stream.name, current, twice)
             else:
@@ -142,7 +143,7 @@ async def ensure(
         pause *= 2
 
 
-async def plan(api: Api, stream: StreamSpec, consumer: ConsumerSpec | None = None) -> Plan:
+async def plan(api: Api, stream: StreamSpec, *consumers: ConsumerSpec) -> Plan:
     """Compare what is wanted with what the server has; change nothing.
 
     Raises:
@@ -155,7 +156,7 @@ async def plan(api: Api, stream: StreamSpec, consumer: ConsumerSpec | None = Non
     wanted = stream.wanted(found)
     changes = [compare("stream", stream.name, found, wanted, stream.name)]
     await _refuse_overlap(api, stream, found)
-    if consumer is not None:
+    for consumer in consumers:
         operation = f"CONSUMER.INFO.{consumer.stream}.{consumer.durable}"
         there = await _find(api, operation, stream.name) if found else {}
         changes.append(compare("consumer", consumer.durable, there, consumer.wanted(), stream.name))
@@ -199,9 +200,10 @@ async def _refuse_overlap(api: Api, spec: StreamSpec, found: Configuration) -> N
 # ── apply ────────────────────────────────────────────────────────────────────
 
 
-async def _apply(api: Api, current: Plan, consumer: ConsumerSpec | None) -> Ignored:
+async def _apply(api: Api, current: Plan, consumers: Sequence[ConsumerSpec]) -> Ignored:
     """Send the changes; return the fields that the server did not take over."""
     ignored: Ignored = frozenset()
+    by_name = {consumer.durable: consumer for consumer in consumers}
     for change in current.changes:
         if change.action == "none":
             continue
@@ -209,8 +211,7 @@ async def _apply(api: Api, current: Plan, consumer: ConsumerSpec | None) -> Igno
             operation = f"STREAM.{change.action.upper()}.{change.name}"
             answer = await _call(api, operation, change.config, change.name)
         else:
-            assert consumer is not None
-            answer = await _apply_consumer(api, change, consumer)
+            answer = await _apply_consumer(api, change, by_name[change.name])
         ignored |= change.not_echoed(answer["config"])
     return ignored
 
@@ -230,7 +231,10 @@ def _reduced(stream: StreamSpec, refusal: _RefusedError) -> StreamSpec:
 
 
 async def _apply_consumer(api: Api, change: Change, spec: ConsumerSpec) -> dict[str, Any]:
-    operation = f"CONSUMER.CREATE.{spec.stream}.{spec.durable}.{spec.filter_subject}"
+    subjects = ", ".join(spec.filter_subjects)
+    operation = f"CONSUMER.CREATE.{spec.stream}.{spec.durable}"
+    if len(spec.filter_subjects) == 1:  # what a server's permissions can tell apart
+        operation += f".{subjects}"
     # 2.9 does not know `action` and overwrites; the next look puts that right.
     body = {"stream_name": spec.stream, "config": change.config, "action": change.action}
     try:
@@ -239,7 +243,7 @@ async def _apply_consumer(api: Api, change: Change, spec: ConsumerSpec) -> dict[
         if refusal.code not in _FILTER_TAKEN:
             raise
         raise TopologyError(
-            f"consumer {spec.durable!r} cannot have {spec.filter_subject}: a message in a work "
+            f"consumer {spec.durable!r} cannot have {subjects}: a message in a work "
             f"queue has one consumer, and there is {await _rivals(api, spec)} (error "
             f"{refusal.code}). Delete that one, or use another jetstream_app_name",
             stream=spec.stream,
@@ -252,7 +256,8 @@ async def _rivals(api: Api, spec: ConsumerSpec) -> str:
     async for other in _pages(api, f"CONSUMER.LIST.{spec.stream}", "consumers", spec.stream):
         config = other["config"]
         filters = config.get("filter_subjects") or [config.get("filter_subject") or ">"]
-        if other["name"] != spec.durable and any(overlap(f, spec.filter_subject) for f in filters):
+        ours = product(filters, spec.filter_subjects)
+        if other["name"] != spec.durable and any(overlap(*pair) for pair in ours):
             rivals.append(f"{other['name']!r} ({', '.join(filters)})")
     return " and ".join(rivals) or "another"
 
