@@ -21,16 +21,18 @@ from typing import Any
 from nats.aio.msg import Msg
 
 from . import signals
-from .consumer import PAUSE_HEADER, Pull, is_claim, keep_in_progress
+from .acks import PAUSE_HEADER, is_claim, keep_in_progress
 from .deadletter import Original, fetch_original
 from .delivery import Delivery
 from .dispatcher import Dispatcher
 from .exceptions import CeleryJetStreamError, ConfigurationError, NotConnectedError
 from .inflight import Flight, InFlight
 from .pauses import Pauses
+from .pull import Pull
+from .push import Push
 from .session import Session
 from .settlement import Nak
-from .specs import retention_warnings
+from .specs import IDLE_HEARTBEAT, ConsumerSpec, retention_warnings
 
 __all__ = ("Bridge",)
 
@@ -87,12 +89,14 @@ class Bridge:
         self._work = threading.Event()
         self._told: SimpleQueue[None] = SimpleQueue()
         self._stop = threading.Event()
-        self._pull: Pull | None = None
+        self._consumers: tuple[ConsumerSpec, ...] = ()
+        self._intakes: list[Pull | Push] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._broker_down = False
         self._asked_broker: float | None = None
         self._stalled: set[str] = set()
         self._taken = 0
+        self._beyond: list[Delivery] = []
 
     # -- main thread -----------------------------------------------------------------------------
 
@@ -105,12 +109,13 @@ class Bridge:
         """
         connection = self.jetstream.connection
         self.jetstream.connect()
+        self._consumers = connection.run(self.jetstream.consumers)
         connection.on_session(self._listen)
         connection.run(self._start)
         dispatcher = threading.Thread(target=self._dispatch, name="jetstream-bridge", daemon=True)
         dispatcher.start()
         self._check_retention()
-        logger.info("bridge is ready: %s", self.config.consume_subject)
+        logger.info("bridge is ready: %s", ", ".join(self.config.consume_subjects))
         signals.bridge_ready.send(sender=self.jetstream, bridge=self)
         failure = self._wait(dispatcher)
         self._end(dispatcher)
@@ -153,7 +158,7 @@ class Bridge:
             left = len(self._flights)
         if self._max_messages is not None and self.dispatched >= self._max_messages:
             return left == 0
-        return self._once and left == 0 and self._pull is not None and self._pull.idle
+        return self._once and left == 0 and all(intake.idle for intake in self._intakes)
 
     def _end(self, dispatcher: threading.Thread) -> None:
         signals.bridge_shutting_down.send(sender=self.jetstream, bridge=self)
@@ -171,32 +176,39 @@ class Bridge:
     # -- loop thread: in, keepalive, claims --------------------------------------------------------
 
     async def _start(self) -> None:
-        config = self.config
         session = await self.jetstream.connection.session()
         await self._listen(session)
-        # nats-py's PING overtakes what it has not sent yet: the answer to the second one comes
-        # after what the server denies (too late, an answer would end nats-py's read loop)
-        with contextlib.suppress(Exception):
-            await session.client.flush(timeout=30)
-            await session.client.flush(timeout=30)
+        await session.round_trip(30)  # what the server denies comes before the answer
         if "permissions violation" in str(session.error).lower():
             raise ConfigurationError(
-                "the NATS user may not subscribe to $JS.ACK." + config.stream_name + ".>: without "
+                f"the NATS user may not subscribe to $JS.ACK.{self.config.stream_name}.>: without "
                 "the workers' claims the bridge would send running tasks again; allow it"
             )
-        self._pull = Pull(
-            self.jetstream.connection,
-            config.stream_name,
-            config.durable,
+        self._intakes = [self._intake(consumer) for consumer in self._consumers]
+        coroutines = [self._keep(), *(intake.run() for intake in self._intakes)]
+        self._tasks = [asyncio.get_running_loop().create_task(one) for one in coroutines]
+
+    def _intake(self, consumer: ConsumerSpec) -> Pull | Push:
+        connection, on_missing = self.jetstream.connection, self.jetstream.ensure_topology
+        if consumer.deliver_subject:
+            return Push(
+                connection,
+                consumer.deliver_subject,
+                consumer.deliver_group,
+                heartbeat=IDLE_HEARTBEAT,
+                on_message=self._arrive,
+                on_missing=on_missing,
+            )
+        return Pull(
+            connection,
+            consumer.stream,
+            consumer.durable,
             room=self._room,
             on_message=self._arrive,
-            on_missing=self.jetstream.ensure_topology,
-            batch=config.batch_size,
+            on_missing=on_missing,
+            # a source that has nothing to send holds a request all the same
+            batch=min(consumer.batch_size, max(1, WINDOW // len(self._consumers))),
         )
-        self._tasks = [
-            asyncio.get_running_loop().create_task(self._pull.run()),
-            asyncio.get_running_loop().create_task(self._keep()),
-        ]
 
     def _room(self) -> int:
         if self._stop.is_set() or self._broker_down:
@@ -209,16 +221,20 @@ class Bridge:
     def _arrive(self, message: Msg) -> None:
         delivery = Delivery.from_reply(message.reply, message.headers)
         self._taken += 1
+        if self._max_messages is not None and self._taken > self._max_messages:
+            self._beyond.append(delivery)  # sent unasked (push mode), or before we stopped
+            return
         with self._lock:
             self._flights.arrive(delivery, message.subject, message.data)
         self._work.set()
 
     async def _listen(self, session: Session) -> None:
-        """Hears what workers (and other bridges) say about this consumer's messages."""
-        subject = f"$JS.ACK.{self.config.stream_name}.{self.config.durable}.>"
-        await session.subscribe(subject, self._hear)
+        """Hears what workers (and other bridges) say about these consumers' messages."""
+        for consumer in self._consumers:
+            subject = f"$JS.ACK.{consumer.stream}.{consumer.durable}.>"
+            await session.subscribe(subject, self._hear)
 
-    async def _hear(self, message: Msg) -> None:
+    def _hear(self, message: Msg) -> None:
         with contextlib.suppress(ValueError):
             delivery = Delivery.from_reply(message.subject)
             in_progress = message.data.startswith(b"+WPI")
@@ -250,8 +266,9 @@ class Bridge:
         """Wakes the others only when it is worth it: this is done for each message."""
         if self._flights.ready:
             self._work.set()
-        if self._pull is not None and self._pull.worth_asking:
-            self._pull.more(soon=self._flights.room < self._worth_asking)
+        for intake in self._intakes:
+            if intake.worth_asking:
+                intake.more(soon=self._flights.room < self._worth_asking)
 
     async def _keep(self) -> None:
         """Every ``ack_wait / 3``: all that no worker has claimed stays in progress."""
@@ -269,16 +286,15 @@ class Bridge:
 
     async def _stop_pulling(self) -> None:
         """The interest goes first, on the same connection, so that nothing comes back to us."""
-        if self._pull is not None:
-            await self._pull.stop()
+        await asyncio.gather(*(intake.stop() for intake in self._intakes))
 
     async def _hand_back(self) -> None:
         """What is not dispatched comes again at once; the rest has one last ``ack_wait``."""
         with self._lock:
-            waiting = self._flights.leave_waiting()
+            waiting = [flight.delivery for flight in self._flights.leave_waiting()]
             replies = self._flights.replies
-        for flight in waiting:
-            self.jetstream.settler.settle(flight.delivery, Nak(0.0))
+        for delivery in (*waiting, *self._beyond):
+            self.jetstream.settler.settle(delivery, Nak(0.0))
         session = await self.jetstream.connection.session(timeout=1)
         await keep_in_progress(session, replies)
 
@@ -387,8 +403,8 @@ class Bridge:
         return False
 
     def _ask_for_more(self) -> None:
-        if self._pull is not None:
-            self.jetstream.connection.call_soon(self._pull.more)
+        for intake in self._intakes:
+            self.jetstream.connection.call_soon(intake.more)
 
     def _look_after_copies(self) -> None:
         """Has copies that are overdue, or that their queue lost, dispatched again."""

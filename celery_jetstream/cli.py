@@ -30,6 +30,10 @@ NO_HANDLER = (
     "no @jetstream_handler is known to this app: import the modules that define them "
     "(include=, imports or autodiscover_tasks)"
 )
+PULLS = (
+    "jetstream_consumer_mode='push': a worker of direct mode takes what it has room for, so it "
+    "pulls; use jetstream_consumer_mode='pull', or a bridge"
+)
 
 
 @click.group(name="jetstream")
@@ -85,6 +89,8 @@ def _direct_worker(without_broker: bool, **options: Any) -> Any:
             app.loader.import_default_modules()
             if not found.check():
                 raise click.ClickException(NO_HANDLER)
+            if found.config.pushes:
+                raise click.ClickException(PULLS)
             found.connect()
         except CeleryJetStreamError as error:
             raise click.ClickException(str(error)) from error

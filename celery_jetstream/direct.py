@@ -19,7 +19,6 @@ import selectors
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -27,28 +26,25 @@ from celery import bootsteps
 from celery.worker import state as worker_state
 from nats.aio.msg import Msg
 
-from .consumer import Pull, keep_in_progress
+from .acks import keep_in_progress
 from .deadletter import Original
 from .delivery import Delivery
 from .dispatcher import TaskMessages, header_of
 from .exceptions import NotConnectedError, OutageError
 from .handlers import DIRECT, HEADER
 from .inflight import Flight
+from .pace import MOST_AHEAD, Pace
 from .pauses import Pauses
+from .pull import Pull
 from .request import HandBack, Source
 from .settlement import DeadLetter, End, Nak
+from .specs import ConsumerSpec
 from .threads import Wake, native_lock
 
 __all__ = ("Direct",)
 
 logger = logging.getLogger(__name__)
 
-#: Seconds of work that a worker holds beside what it runs, by the pace of its last tenth of one.
-AHEAD = 0.2
-#: The most messages that it holds so.
-MOST_AHEAD = 256
-#: Seconds without a beginning after which nothing is known of the pace.
-PACE_KEPT = 0.25
 #: Bytes of messages that wait here for a database to answer again; then no more are taken.
 MOST_WAITING = 64 * 2**20
 #: Seconds that a pull request stays open: what it asks for was right for the pace of then.
@@ -109,7 +105,7 @@ class Intake:
         self._consumer = consumer
         self._lock = native_lock()
         self._arrived: deque[Flight] = deque()
-        self._ahead = self._pending = self._target = self._arrivals = 0
+        self._ahead = self._target = 0
         self._pace = Pace()
         self._waiting: dict[int, tuple[float, Flight]] = {}
         self._waiting_bytes = 0
@@ -122,16 +118,7 @@ class Intake:
         self._stopping = False
         self._feeder: threading.Thread | None = None
         self._running: Future[None] | None = None
-        self._pull = Pull(
-            jetstream.connection,
-            config.stream_name,
-            config.durable,
-            room=self._room,
-            on_message=self._arrive,
-            on_missing=jetstream.ensure_topology,
-            batch=min(config.batch_size, MOST_AHEAD),
-            expires=EXPIRES,
-        )
+        self._feeds: list[Feed] = []
 
     def start(self) -> None:
         """Begins to pull; does not wait for a server."""
@@ -151,13 +138,14 @@ class Intake:
                 "event waits, so events come first; leave it out, or use a dedicated worker "
                 "(celery jetstream worker)"
             )
-        logger.info("direct: handlers get %s with no broker between", self._config.consume_subject)
+        subjects = ", ".join(self._config.consume_subjects)
+        logger.info("direct: handlers get %s with no broker between", subjects)
 
     def stop(self) -> None:
         """Pulls no more, and hands back what Celery has not got yet."""
         self._stopping = True
         with contextlib.suppress(NotConnectedError):
-            self._jetstream.connection.run(self._pull.stop, timeout=STOP_TIMEOUT)
+            self._jetstream.connection.run(self._stop_pulling, timeout=STOP_TIMEOUT)
         if self._consumer.hub is not None:
             self._consumer.hub.remove_reader(self._wake.fileno())
         elif self._feeder is not None:
@@ -178,12 +166,43 @@ class Intake:
 
     async def _run(self) -> None:
         await self._jetstream.ensure_topology()
-        await asyncio.gather(self._pull.run(), self._keep(), self._look_again())
+        self._feeds = [Feed(self, consumer) for consumer in await self._consumers()]
+        pulls = [feed.pull.run() for feed in self._feeds]
+        await asyncio.gather(*pulls, self._keep(), self._look_again())
 
-    def _room(self) -> int:
-        """How many more may be taken: those that begin soon.
+    async def _consumers(self) -> tuple[ConsumerSpec, ...]:
+        """Waits for a server where that must be asked."""
+        while True:
+            try:
+                found: tuple[ConsumerSpec, ...] = await self._jetstream.consumers()
+                return found
+            except NotConnectedError:
+                await asyncio.sleep(1)  # said by the connection
+
+    async def _stop_pulling(self) -> None:
+        await asyncio.gather(*(feed.pull.stop() for feed in self._feeds))
+
+    def pull(self, feed: Feed, consumer: ConsumerSpec) -> Pull:
+        """How a consumer's messages are pulled."""
+        return Pull(
+            self._jetstream.connection,
+            consumer.stream,
+            consumer.durable,
+            room=feed.room,
+            on_message=feed.arrive,
+            on_missing=self._jetstream.ensure_topology,
+            batch=min(consumer.batch_size, MOST_AHEAD),
+            expires=EXPIRES,
+        )
+
+    def room(self, asked: int, pending: int) -> int:
+        """How many more may be taken of a consumer's messages: those that begin soon.
 
         Beside a broker's tasks no more of ours than Celery takes of those.
+
+        Args:
+            asked: how many of them are asked for and have not come.
+            pending: how many the stream has.
         """
         consumer = self._consumer
         if self._stopping or self._full():
@@ -193,10 +212,10 @@ class Intake:
         if consumer.initial_prefetch_count and consumer.app.amqp.queues.consume_from:
             pace = min(pace, consumer.initial_prefetch_count)
         self._target = max(1, idle, pace)
-        if 2 * (self._ahead + self._pull.asked) > self._target:
+        if 2 * (self._ahead + asked) > self._target:
             return 0  # asked for in blocks: each request costs
         # no more than is there: what is asked for beyond that comes later, when all may be slow
-        return max(max(1, idle) - self._ahead, min(pace - self._ahead, self._pending))
+        return max(max(1, idle) - self._ahead, min(pace - self._ahead, pending))
 
     def _full(self) -> bool:
         """Whether so much waits for a database that no more may be taken."""
@@ -211,13 +230,8 @@ class Intake:
         self._said_full = full
         return full
 
-    def _arrive(self, message: Msg) -> None:
-        delivery = Delivery.from_reply(message.reply, message.headers)
-        self._arrivals += 1
-        if self._pending > 2 * MOST_AHEAD and self._arrivals % 64:
-            self._pending -= 1  # exactly only where it matters: reading it costs
-        else:
-            self._pending = delivery.num_pending
+    def arrive(self, delivery: Delivery, message: Msg) -> None:
+        """Takes a message in, for Celery's thread to hand over."""
         with self._lock:
             waiting = self._waiting.get(delivery.sequence)
             if waiting is not None and waiting[1].delivery.timestamp == delivery.timestamp:
@@ -357,16 +371,17 @@ class Intake:
     def _leave(self) -> None:
         with self._lock:
             self._ahead -= 1
-        if self._asking or 2 * self._pull.asked > self._target - self._ahead or self._stopping:
+        if self._asking or self._stopping:
             return
-        if self._pull.worth_asking:
+        if any(feed.is_short(self._target - self._ahead) for feed in self._feeds):
             self._asking = True
             self._jetstream.connection.call_soon(self._ask)
 
     def _ask(self) -> None:
         """Loop thread."""
         self._asking = False
-        self._pull.more()
+        for feed in self._feeds:
+            feed.pull.more()
 
     def ended(self, flight: Flight, error: BaseException | None) -> None:
         """An attempt is over; one that an outage ended waits here for the next.
@@ -404,6 +419,33 @@ class Intake:
         self._waiting[flight.delivery.sequence] = time.monotonic() + delay, flight
 
 
+class Feed:
+    """One consumer's messages on their way into a worker. Loop thread, but where it says so."""
+
+    def __init__(self, intake: Intake, consumer: ConsumerSpec) -> None:
+        self._intake = intake
+        self._pending = self._arrivals = 0
+        self.pull = intake.pull(self, consumer)
+
+    def room(self) -> int:
+        """How many more may be taken. Any thread."""
+        return self._intake.room(self.pull.asked, self._pending)
+
+    def is_short(self, wanted: int) -> bool:
+        """Whether to ask for more, where so many are wanted. Any thread."""
+        return 2 * self.pull.asked <= wanted and self.pull.worth_asking
+
+    def arrive(self, message: Msg) -> None:
+        """One has come."""
+        delivery = Delivery.from_reply(message.reply, message.headers)
+        self._arrivals += 1
+        if self._pending > 2 * MOST_AHEAD and self._arrivals % 64:
+            self._pending -= 1  # exactly only where it matters: reading it costs
+        else:
+            self._pending = delivery.num_pending
+        self._intake.arrive(delivery, message)
+
+
 class DirectMessage(Source):
     """What Celery takes for a message of its broker; only a pool of processes serializes it."""
 
@@ -431,45 +473,6 @@ class DirectMessage(Source):
     def ended(self, error: BaseException | None) -> None:
         """Its task has come to an end in a process that lived to say so."""
         self._intake.ended(self._flight, error)
-
-
-class Pace:
-    """How many messages it is worth to have ready: those that begin in the next 0.2 s.
-
-    Those of the whole pool: beside a broker's tasks, ours alone would take the less room the less
-    room they had.
-
-    Args:
-        clock: of seconds.
-        total: how many tasks the pool has begun.
-    """
-
-    def __init__(
-        self,
-        clock: Callable[[], float] = time.monotonic,
-        total: Callable[[], int] = lambda: int(worker_state.all_total_count[0]),
-    ) -> None:
-        self._clock = clock
-        self._total = total
-        self._since = self._last = clock()
-        self._before = total()
-        self._rate = 0.0
-
-    def began(self) -> None:
-        """One has begun."""
-        now, total = self._clock(), self._total()
-        if now - self._last > PACE_KEPT:
-            self._since, self._before, self._rate = now, total, 0.0
-        self._last = now
-        if now - self._since >= AHEAD / 2:
-            self._rate = (total - self._before) / (now - self._since)
-            self._since, self._before = now, total
-
-    def ahead(self) -> int:
-        """So many."""
-        if self._clock() - self._last > PACE_KEPT:
-            return 0
-        return min(MOST_AHEAD, int(self._rate * AHEAD))
 
 
 def slots(consumer: Any) -> int:

@@ -364,9 +364,7 @@ class JetStream:
         return consumer_specs(config, shared="error" in await self._api(operation, {}))
 
     async def _ensure(self) -> plans.Plan:
-        return await topology.ensure(
-            self._api, stream_spec(self.config), *await self.consumers()
-        )
+        return await topology.ensure(self._api, stream_spec(self.config), *await self.consumers())
 
     async def _plan(self) -> plans.Plan:
         return await topology.plan(self._api, stream_spec(self.config), *await self.consumers())

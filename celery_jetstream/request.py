@@ -30,8 +30,8 @@ from celery.worker import state as worker_state
 from celery.worker.request import Request
 
 from . import ends, handlers
+from .acks import keep_in_progress
 from .connection import Connection
-from .consumer import keep_in_progress
 from .delivery import Delivery
 from .exceptions import NotConnectedError
 from .settlement import Ack, End, Policy, decide

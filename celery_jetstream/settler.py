@@ -12,9 +12,9 @@ import threading
 from concurrent.futures import Future
 
 from . import deadletter, signals
+from .acks import Acks, keep_in_progress
 from .config import Config
 from .connection import Connection
-from .consumer import Acks, keep_in_progress
 from .deadletter import Original
 from .delivery import Delivery
 from .exceptions import NotConnectedError

@@ -20,7 +20,7 @@ _OPTIONS: dict[str, Reader] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Source:
     """An app whose events we receive.
 
@@ -34,6 +34,9 @@ class Source:
     name: str
     max_ack_pending: int | None = None
     batch_size: int | None = None
+
+    def __repr__(self) -> str:
+        return repr(self.name)
 
     @property
     def has_settings(self) -> bool:

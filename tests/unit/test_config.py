@@ -17,8 +17,10 @@ from sqlalchemy import create_engine, make_url
 from sqlalchemy.orm import sessionmaker
 
 from celery_jetstream.config import Config
+from celery_jetstream.consumers import consumer_specs
 from celery_jetstream.exceptions import ConfigurationError
 from celery_jetstream.readers import duration, error_classes
+from celery_jetstream.sources import Source
 
 NAMES = {"app_name": "api", "destination_app": "worker"}
 SECRETS = ("s3cr3t", "alice")
@@ -58,6 +60,7 @@ DEFAULTS: dict[str, object] = {
     "app_name": "api",
     "destination_app": "worker",
     "stream_name": "jetstream-bridge-stream",
+    "sources": (Source("worker"),),
     "auto_provision": True,
     "num_replicas": None,
     "duplicate_window": None,
@@ -67,6 +70,8 @@ DEFAULTS: dict[str, object] = {
     "lease": 600.0,
     "max_hold": 3600.0,
     "batch_size": 256,
+    "consumer_mode": "pull",
+    "delivery_subject": None,
     "max_ack_pending": 10_000,
     "direct": False,
     "max_deliver": 5,
@@ -124,9 +129,8 @@ def test_none_counts_as_not_set(name: str) -> None:
 def test_derived_names() -> None:
     config = read()
     assert config.publish_subject == "api.sync.worker"
-    assert config.consume_subject == "worker.sync.api"
+    assert config.consume_subjects == ("worker.sync.api",)
     assert config.dead_letter_subject == "api.sync.dlq"
-    assert config.durable == "api-workers"
     assert config.subjects == (
         "api.sync.worker",
         "worker.sync.api",
@@ -229,6 +233,10 @@ GOOD: list[tuple[str, object, object]] = [
     ("app_name", "my-app_2", "my-app_2"),
     ("destination_app", "b", "b"),
     ("stream_name", "EVENTS", "EVENTS"),
+    ("sources", "b, c", (Source("b"), Source("c"))),
+    ("sources", {"b": None, "c": {"batch_size": "7"}}, (Source("b"), Source("c", batch_size=7))),
+    ("consumer_mode", "push", "push"),
+    ("delivery_subject", "to.me", "to.me"),
     ("num_replicas", 5, 5),
     ("duplicate_window", "2m", 120.0),
     ("max_age", timedelta(days=7), 604_800.0),
@@ -374,6 +382,14 @@ BAD: list[tuple[str, object, str]] = [
     ("app_name", "a" * 250, "use 1 to 255 letters|too long for a subject"),
     ("destination_app", "a\nb", "use 1 to 255 letters"),
     ("stream_name", "", "must be set, and not empty"),
+    ("sources", 7, "must be a list, or text with commas"),
+    ("sources", ["b", "b"], "must name each app once"),
+    ("sources", ["a b"], "a source 'a b' is not legal: use 1 to 255 letters"),
+    ("sources", {"b": {"batchsize": 1}}, "b: batchsize is not .* did you mean batch_size"),
+    ("sources", {"b": {"batch_size": 0}}, "b: batch_size must be a whole number between 1"),
+    ("sources", {"b": 3}, "b: must be a dict with batch_size or max_ack_pending"),
+    ("consumer_mode", "pushy", "must be"),
+    ("delivery_subject", "$JS.x", "belong to the server"),
     ("stream_name", "a.b", "use 1 to 255 bytes"),
     ("num_replicas", 0, "between 1 and 5"),
     ("num_replicas", 6, "between 1 and 5"),
@@ -492,6 +508,9 @@ def test_bad_values(name: str, value: object, message: str) -> None:
             "duplicate_window",
             "=10800.0, jetstream_max_age=3600.0: the server refuses",
         ),
+        ({"sources": ["api", "b"]}, "app_name", "consume its own events; name other apps"),
+        ({"sources": ["b" * 239]}, "app_name", "too long for a subject"),
+        ({"consumer_mode": "push", "direct": True}, "consumer_mode", "so it pulls"),
         (
             {"use_outbox": True},
             "use_outbox",
@@ -523,7 +542,8 @@ def test_settings_that_agree() -> None:
     assert read(max_age="30s").duplicate_window is None
     longest = read(app_name="a" * 120, destination_app="b" * 120)
     assert max(map(len, longest.subjects)) <= 255
-    assert len(longest.durable) <= 255
+    for consumer in consumer_specs(longest):
+        assert len(consumer.durable) <= 255
 
 
 def test_the_names_are_required() -> None:

@@ -13,10 +13,11 @@ from celery import Celery
 from celery_jetstream import JetStream, jetstream_handler
 from celery_jetstream.config import Config
 from celery_jetstream.delivery import Delivery
-from celery_jetstream.direct import MOST_AHEAD, Direct, Intake, Pace
+from celery_jetstream.direct import Direct, Intake
 from celery_jetstream.dispatcher import TaskMessages
 from celery_jetstream.handlers import Handlers
 from celery_jetstream.inflight import Flight
+from celery_jetstream.pace import MOST_AHEAD, Pace
 from celery_jetstream.settlement import Nak
 from celery_jetstream.threads import Wake
 
@@ -103,17 +104,16 @@ class Desk:
             connection_errors=(),
         )
         self.intake = Intake(jetstream, consumer)
+        self.intake._feeds = [SimpleNamespace(is_short=lambda _: True)]  # type: ignore[list-item]
 
     def _ask(self) -> None:
         self.asked += 1
 
     def arrive(self) -> None:
         body = b'{"event_id": "e", "event_type": "taken.one", "payload": {}}'
-        message = SimpleNamespace(
-            reply="$JS.ACK.s.c.1.1.1.1700000000000000000.0", headers=None, subject="b.sync.a",
-            data=body,
-        )  # fmt: skip
-        self.intake._arrive(message)  # type: ignore[arg-type]
+        message = SimpleNamespace(subject="b.sync.a", data=body)
+        delivery = Delivery.from_reply("$JS.ACK.s.c.1.1.1.1700000000000000000.0", None)
+        self.intake.arrive(delivery, message)  # type: ignore[arg-type]
         self.intake._hand_over()
 
 
@@ -128,7 +128,7 @@ def test_what_celery_cannot_take_comes_again_and_leaves_its_place(
     desk = Desk(strategy)
     desk.arrive()
     assert desk.settled == [Nak(3.0)]
-    assert desk.intake._room() == 2
+    assert desk.intake.room(0, 0) == 2
     assert desk.asked == 1
 
 
