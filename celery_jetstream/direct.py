@@ -100,7 +100,7 @@ class Intake:
 
     def __init__(self, jetstream: Any, consumer: Any) -> None:
         self._jetstream = jetstream
-        self._config = config = jetstream.config
+        self._config = jetstream.config
         self._handlers = jetstream.check()
         self._consumer = consumer
         self._lock = native_lock()

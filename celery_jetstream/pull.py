@@ -168,6 +168,7 @@ class Pull:
                     await asyncio.wait_for(self._wake.wait(), self._heartbeat / 2)
             if self._silent() and not session.lost.is_set():
                 self._say("no sign of life of what was asked for")
+                self._trouble += 1
         finally:
             await self._end(0.0)
 

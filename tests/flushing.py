@@ -187,7 +187,7 @@ class Flushing:
         session = await self.jetstream.connection.session()
         inbox, found, ended = session.client.new_inbox(), list[Msg](), asyncio.Event()
 
-        async def receive(message: Msg) -> None:
+        def receive(message: Msg) -> None:
             if message.data:
                 found.append(message)
             else:  # the end of the batch, or nothing there
@@ -205,7 +205,7 @@ class Flushing:
             await asyncio.wait_for(ended.wait(), 20)
             left = len(found) > before
             sequence = int((found[-1].headers or {})["Nats-Sequence"]) + 1 if found else 1
-        await subscription.unsubscribe()
+        await session.unsubscribe(subscription)
         return found
 
     def api(self, operation: str, **request: Any) -> dict[str, Any]:
@@ -237,14 +237,15 @@ class Responder:
         self._session = await self._flushing.jetstream.connection.session()
         await self._session.subscribe(self._flushing.other, self._answer)
 
-    async def _answer(self, message: Msg) -> None:
+    def _answer(self, message: Msg) -> None:
         event_id = (message.headers or {})["Nats-Msg-Id"]
         answer = self.answers.get(event_id, b"")
         if answer == b"":
             self.accepted.append(event_id)
             answer = b'{"stream":"x","seq":%d}' % len(self.accepted)
         if answer is not None:
-            await self._session.publish(message.reply, answer)
+            self._session.post(message.reply, answer, {}, None)
+            self._session.flush()
 
 
 def _row(number: int, keys: int, subject: str) -> dict[str, Any]:

@@ -263,7 +263,7 @@ def test_an_old_server_is_asked_again_for_each_of_a_batch(
     assert old.stored() == ["0", "1", "2"]
 
 
-async def _ignore(_: Msg) -> None:
+def _ignore(_: Msg) -> None:
     pass
 
 
@@ -346,8 +346,9 @@ def test_an_answer_that_is_no_pub_ack_is_unknown(pipeline: Pipeline) -> None:
     async def run() -> list[PublishResult]:
         session = await pipeline.connection.session()
 
-        async def receive(message: Msg) -> None:
-            await session.publish(message.reply, b'{"pong": 1}')
+        def receive(message: Msg) -> None:
+            session.post(message.reply, b'{"pong": 1}', {}, None)
+            session.flush()
 
         await session.subscribe("echo.here", receive)
         messages = [pipeline.message(number, subject="echo.here") for number in range(2)]
@@ -369,7 +370,7 @@ class HeldBack:
         self._wanted = 0
         self.ids: list[str] = []
 
-    async def receive(self, message: Msg) -> None:
+    def receive(self, message: Msg) -> None:
         self._held.append(message)
         self.ids.append((message.headers or {})["Nats-Msg-Id"])
         if len(self._held) >= self._wanted:

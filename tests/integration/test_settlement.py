@@ -1,4 +1,4 @@
-"""How each end of a task settles its message: a real prefork worker, with a bridge and without."""
+"""How each end of a task settles its message: a real prefork worker; bridge, push, and direct."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module", params=["bridge", "direct"])
+@pytest.fixture(scope="module", params=["bridge", "push", "direct"])
 def desk(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
@@ -40,6 +40,7 @@ def desk(
         redis_server.url,
         names,
         direct=request.param == "direct",
+        jetstream_consumer_mode="push" if request.param == "push" else "pull",
         **SETTINGS,
     )
     try:

@@ -80,7 +80,7 @@ class Api:
 
     async def make_consumer(self, spec: ConsumerSpec, **config: Any) -> None:
         wanted = {"durable_name": spec.durable, "ack_policy": "explicit"}
-        wanted |= {"filter_subject": spec.filter_subject} | config
+        wanted |= {"filter_subject": spec.filter_subjects[0]} | config
         await self.do(
             f"CONSUMER.DURABLE.CREATE.{spec.stream}.{wanted['durable_name']}",
             {"stream_name": spec.stream, "config": {k: v for k, v in wanted.items() if v != ""}},
@@ -143,7 +143,7 @@ def consumer_of(app_name: str, destination_app: str, stream: str) -> ConsumerSpe
     return ConsumerSpec(
         stream=stream,
         durable=durable_name(app_name),
-        filter_subject=consume_subject(app_name, destination_app),
+        filter_subjects=(consume_subject(app_name, destination_app),),
         ack_wait=30,
         max_ack_pending=1000,
     )
@@ -172,7 +172,7 @@ def test_makes_what_is_missing(
         assert made["num_replicas"] == 1
         assert made["duplicate_window"] == 120 * SECOND
         made = await api.consumer(consumer)
-        assert made["filter_subject"] == consumer.filter_subject
+        assert made["filter_subject"] == consumer.filter_subjects[0]
         assert made["ack_policy"] == "explicit"
         assert (made["ack_wait"], made["max_ack_pending"]) == (30 * SECOND, 1000)
         assert made["max_deliver"] == -1
@@ -311,7 +311,7 @@ def test_the_consumer_is_brought_to_what_is_wanted(
         done = await ensure(api, stream, consumer)
 
         assert done.changes[1].lines()[1:] == [
-            f"    filter_subject: {stream.subjects[0]} -> {consumer.filter_subject}",
+            f"    filter_subject: {stream.subjects[0]} -> {consumer.filter_subjects[0]}",
             "    ack_wait: 1 s -> 30 s",
             "    max_ack_pending: 7 -> 1000",
             "    max_deliver: 5 -> -1",
@@ -319,7 +319,7 @@ def test_the_consumer_is_brought_to_what_is_wanted(
             "    headers_only: True -> not set",
         ]
         found = await api.consumer(consumer)
-        assert found["filter_subject"] == consumer.filter_subject
+        assert found["filter_subject"] == consumer.filter_subjects[0]
         assert (found["ack_wait"], found["max_ack_pending"]) == (30 * SECOND, 1000)
         assert found["max_deliver"] == -1
         assert "backoff" not in found
@@ -336,7 +336,7 @@ def test_several_filters_become_the_one(
         await api.make_consumer(consumer, filter_subject="", filter_subjects=stream.subjects)
         await ensure(api, stream, consumer)
         found = await api.consumer(consumer)
-        assert found["filter_subject"] == consumer.filter_subject
+        assert found["filter_subject"] == consumer.filter_subjects[0]
         assert "filter_subjects" not in found
 
     talk(nats_server, body)
@@ -503,11 +503,11 @@ def test_a_filter_that_another_consumer_has_names_that_one(
 ) -> None:
     async def body(api: Api) -> None:
         await ensure(api, stream)
-        subject = theirs.format(filter=consumer.filter_subject)
+        subject = theirs.format(filter=consumer.filter_subjects[0])
         await api.make_consumer(consumer, durable_name="rival", filter_subject=subject)
         with pytest.raises(TopologyError, match=r"'rival'.*jetstream_app_name") as caught:
             await ensure(api, stream, consumer)
-        assert consumer.filter_subject in str(caught.value)
+        assert consumer.filter_subjects[0] in str(caught.value)
 
     talk(server, body)
 
@@ -654,7 +654,7 @@ def test_the_stream_is_deleted_before_the_consumer_is_made(
     async def body(api: Api) -> None:
         api.before["CONSUMER.CREATE"] = lambda: api.do(f"STREAM.DELETE.{stream.name}", {})
         await ensure(api, stream, consumer)
-        assert (await api.consumer(consumer))["filter_subject"] == consumer.filter_subject
+        assert (await api.consumer(consumer))["filter_subject"] == consumer.filter_subjects[0]
 
     talk(server, body)
 
