@@ -90,8 +90,9 @@ def test_logfile_and_pidfile(make_stack: MakeStack) -> None:
     assert not pidfile.exists()
 
 
-def test_once_dispatches_what_is_there_and_ends(make_stack: MakeStack) -> None:
-    stack = make_stack()
+@pytest.mark.parametrize("mode", ["pull", "push"])
+def test_once_dispatches_what_is_there_and_ends(make_stack: MakeStack, mode: str) -> None:
+    stack = make_stack(jetstream_consumer_mode=mode)
     ids = stack.publish("order.created", 20)
     worker = stack.worker()
     assert stack.celery("jetstream", "bridge", "--once").wait(60) == 0
@@ -108,6 +109,29 @@ def test_max_messages_takes_no_more(make_stack: MakeStack) -> None:
     stack.wait_handled(7)
     wait_until(lambda: stack.left() == 13, 30, "13 to stay")
     assert stack.consumer()["num_pending"] == 13
+
+
+def test_what_the_server_sends_beyond_max_messages_is_handed_back(make_stack: MakeStack) -> None:
+    """In push mode nothing is asked for; the next bridge has it at once."""
+    stack = make_stack(jetstream_consumer_mode="push", jetstream_ack_wait=60)
+    ids = stack.publish("order.created", 20)
+    stack.worker()
+    assert stack.celery("jetstream", "bridge", "--max-messages", "7").wait(60) == 0
+    stack.wait_handled(7)
+    wait_until(lambda: stack.left() == 13, 30, "13 to stay")
+    stack.bridge()
+    stack.wait_handled(20, 30)
+    handled_once(stack, ids)
+
+
+def test_a_consumer_of_the_other_mode_is_an_error(make_stack: MakeStack) -> None:
+    stack = make_stack()
+    stack.bridge().stop()
+    stack.settings["jetstream_consumer_mode"] = "push"
+    process = stack.celery("jetstream", "bridge")
+    assert process.wait(30) == 1
+    assert "deliver_subject must be" in process.text()
+    assert "delete the consumer" in process.text()
 
 
 @pytest.mark.parametrize(
