@@ -31,6 +31,7 @@ from benchmarks import (
     drain,
     growth,
     inbox,
+    intake,
     latency,
     memory,
     outbox,
@@ -136,6 +137,12 @@ class Benchmark:
 
 
 # -- what there is ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def _intake(options: Options) -> Iterator[Variants]:
+    with intake.running(options.count or 20_000) as found:
+        yield found.variants
 
 
 @contextmanager
@@ -260,6 +267,15 @@ BENCHMARKS = {
             Goal("publish", 0.6, publish.BASE),
             Goal("publish_batch", 0.8, publish.PIPELINED),
             Goal("publish_batch", 5.0, "publish"),
+        ),
+    ),
+    "intake": Benchmark(
+        _rounds(_intake),
+        (intake.FETCH,),
+        (
+            Goal(intake.PLAIN, 3.0, intake.FETCH),
+            Goal(intake.PULL, 3.0, intake.CONFIRMED),
+            Goal(intake.PUSH, None, intake.PULL),
         ),
     ),
     "drain": Benchmark(

@@ -11,7 +11,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from nats.aio.msg import Msg
 
@@ -66,7 +66,7 @@ class _Unconfirmed:
     give_up: float
     headers: dict[str, str] | None = None
     sent: float = 0.0
-    future: asyncio.Future[Msg] | None = field(default=None, repr=False)
+    token: str = ""
 
 
 class Acks:
@@ -167,25 +167,26 @@ class Acks:
         self._scheduled = False
         if self._new:
             self._sent = time.monotonic()
-        while self._new:
+        while self._new and not session.full:
             entry = self._new.popleft()
             self._unconfirmed.add(entry)
-            await self._send(session, entry)
+            self._post(session, entry)
         now = time.monotonic()
         for entry in [e for e in self._unconfirmed if now - e.sent > RESEND_INTERVAL]:
             if now > entry.give_up:
                 self._unconfirmed.discard(entry)
+                session.forget([entry.token])
                 logger.warning("settlement given up unconfirmed: %s", entry.reply)
-            else:
-                await self._send(session, entry)
+            elif not session.full:
+                session.forget([entry.token])
+                self._post(session, entry)
+        if session.unsent:
+            await session.flush()
 
-    async def _send(self, session: Session, entry: _Unconfirmed) -> None:
-        if entry.future is not None:
-            entry.future.cancel()
+    def _post(self, session: Session, entry: _Unconfirmed) -> None:
+        def answered(_: str, answer: Msg | NotConnectedError) -> None:
+            if not isinstance(answer, NotConnectedError):
+                self._unconfirmed.discard(entry)
+
         entry.sent = time.monotonic()
-        entry.future = await session.send(entry.reply, entry.body, entry.headers)
-        entry.future.add_done_callback(lambda future: self._answered(entry, future))
-
-    def _answered(self, entry: _Unconfirmed, future: asyncio.Future[Msg]) -> None:
-        if not future.cancelled() and future.exception() is None:
-            self._unconfirmed.discard(entry)
+        entry.token = session.post(entry.reply, entry.body, entry.headers or {}, answered)

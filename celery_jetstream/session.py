@@ -165,6 +165,11 @@ class Session:
         """So much waits to be written that no more is to be posted before a :meth:`flush`."""
         return self.client.pending_data_size >= FULL
 
+    @property
+    def unsent(self) -> bool:
+        """Something is posted and not written yet."""
+        return bool(self.client.pending_data_size)
+
     def flush(self) -> asyncio.Future[Any]:
         """Sends what was posted; done when the socket has taken it, but for 64 KiB.
 
