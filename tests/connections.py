@@ -43,11 +43,12 @@ def session_of(connection: Connection) -> Session:
     return connection.run(connection.session)
 
 
-def fill(connection: Connection, count: int = 3_000_000) -> None:
-    """Writes more than a peer that reads nothing can take; in the loop thread."""
+def fill(connection: Connection, size: int = 16_000_000) -> None:
+    """Writes more than a peer that reads nothing can take; call it in the loop thread."""
     session = connection._session
     assert session is not None
-    session.client._transport._io_writer.write(b"PING\r\n" * count)
+    message = b"PUB nobody.there 1000\r\n%s\r\n" % (b"x" * 1000)
+    session.client._transport._io_writer.write(message * (size // 1000))
 
 
 class RecordingServer:

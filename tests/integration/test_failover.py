@@ -59,13 +59,12 @@ def lost(session: Session) -> Callable[[], bool]:
 # ── a server that hangs ──────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("count", [50_000, 3_000_000], ids=["300 kB", "18 MB"])
+@pytest.mark.parametrize("size", [500_000, 16_000_000], ids=["half a MB", "16 MB"])
 def test_bytes_that_a_hung_server_does_not_take_tell_of_it(
     own_server: NatsServer,
-    nats_server: NatsServer,
     connect_to: Callable[..., Connection],
     monkeypatch: pytest.MonkeyPatch,
-    count: int,
+    size: int,
 ) -> None:
     """Neither pings nor the kernel's timeout: those take longer."""
     monkeypatch.setattr("celery_jetstream.session.TCP_USER_TIMEOUT_MS", 120_000)
@@ -73,23 +72,11 @@ def test_bytes_that_a_hung_server_does_not_take_tell_of_it(
     hung = session_of(connection)
     own_server.pause()
     start = time.monotonic()
-    connection.call_soon(fill, connection, count)
+    connection.call_soon(fill, connection, size)
     wait_until(lost(hung), 20, "the hang to be noticed")
     assert 2 < time.monotonic() - start < 8
     assert connection.state == "reconnecting"
     assert "does not read" in str(connection.last_error)
-    own_server.resume()
-    wait_until(lambda: works(connection), 20, "the connection to be back")
-
-
-def test_a_hung_server_with_unsent_data_is_left_for_another(
-    own_server: NatsServer, nats_server: NatsServer, connect_to: Callable[..., Connection]
-) -> None:
-    connection = connect_to(own_server.url)
-    session_of(connection)
-    own_server.pause()
-    connection.call_soon(fill, connection)
-    wait_until(lambda: connection.state == "reconnecting", 10, "the hang to be noticed")
     own_server.resume()
     wait_until(lambda: works(connection), 20, "the connection to be back")
 
@@ -131,7 +118,7 @@ def test_a_stall_of_our_own_costs_nothing(
 ) -> None:
     connection = connect_to(own_server.url)
     session = session_of(connection)
-    connection.call_soon(fill, connection, 200_000)
+    connection.call_soon(fill, connection, 2_000_000)
     connection.call_soon(time.sleep, 5)  # longer than a server may hang
     connection.run(session.ask, "$JS.API.INFO", timeout=20)
     assert session_of(connection) is session
@@ -331,7 +318,7 @@ def test_a_peer_that_left_is_forgotten(
         wait_until(lambda: connection._rounds > before + 3, 30, "all to be tried")
         assert where_it_was.connections == 0
         first.start()  # of the settings, so never forgotten
-        connected_to_one(connection, cluster, [first])
+        wait_until(lambda: port_of(connection) == first.port, 20, "it to be used")
 
 
 def test_a_peer_with_a_bare_address_shows_the_certificate_of_our_server(
@@ -455,12 +442,12 @@ def test_many_clients_come_back_one_by_one(
         connection.connect()
     own_server.kill()
     with RecordingServer(None, hang_up=True, port=own_server.port) as listener:
-        wait_until(lambda: listener.connections >= 200, 60, "some attempts of each")
-        tries = sorted(listener.times)[60:]
+        wait_until(lambda: listener.connections >= 300, 60, "ten attempts of each")
+        tries = listener.times[180:]  # at the slowest pace
     own_server.start()
     wait_until(lambda: all(works(connection) for connection in connections), 60, "all to be back")
     assert crowd(tries, 0.2) <= 15, tries
-    assert tries[-1] - tries[0] > 4, "hammered"
+    assert tries[-1] - tries[0] > 3, "hammered"
 
 
 def crowd(times: list[float], window: float) -> int:
@@ -554,7 +541,6 @@ def in_a_hook_that_hangs(stage: Stage) -> Connection:
     connection.on_session(hang)
     connection.start()
     assert begun.wait(10)
-    stage.waiting.append(connection.submit(connection.session, 60))
     return connection
 
 
@@ -779,19 +765,23 @@ def test_credentials_that_are_renewed_late(
     operator: Operator,
     connect_to: Callable[..., Connection],
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("celery_jetstream.connection.REFUSED_DELAY", 2)
     operator.renew(3)
     connection = with_creds(connect_to, trusting_server, operator)
     connection.connect()
-    sessions = trusting_server.log
     wait_until(lambda: connection.state == "reconnecting", 20, "the state to tell")
     assert "expired at 2" in str(connection.last_error)
     assert "renew the creds file" in str(connection.last_error)
-    refused_once = sessions.read_text().count("expired")
-    wait_until(lambda: sessions.read_text().count("expired") >= refused_once + 2, 30, "attempts")
-    start = time.monotonic()
-    wait_until(lambda: sessions.read_text().count("expired") >= refused_once + 3, 30, "one more")
-    assert time.monotonic() - start > 1, "hammered"
+
+    def attempts() -> int:
+        return trusting_server.log.read_text().count("authentication error")
+
+    wait_until(lambda: attempts() >= 1, 20, "an attempt")
+    start, before = time.monotonic(), attempts()
+    wait_until(lambda: attempts() > before, 20, "another")
+    assert time.monotonic() - start > 0.7, "hammered"
     assert connection.state == "reconnecting"
     assert "renew the creds file" in str(connection.last_error), "still"
     operator.renew(600)
