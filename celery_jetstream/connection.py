@@ -3,7 +3,7 @@
 Hands on a :class:`~celery_jetstream.session.Session`. Never reconnects inside nats-py: its
 reconnect can hang, give up for ever, or keep a client whose read loop is dead. Here there is one
 path instead. When a client is lost, for whatever reason, it is thrown away and the supervisor
-opens a new one, for ever, with jitter.
+opens a new one, for ever, with jitter: to another server first, of the settings or of the cluster.
 
 Threads: every public method of :class:`Connection` may be called from any thread but the loop
 thread itself. Forks: a child starts with no connection and opens its own when it needs one;
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import os
 import random
@@ -23,15 +22,20 @@ import ssl
 import threading
 import time
 import weakref
+from collections import UserString
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import TimeoutError as ThreadTimeoutError
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from .config import Config
 from .exceptions import ConnectionRefusedByServer, NotConnectedError
+from .rotation import Rotation, Server
 from .session import Client, Session, clients
-from .threads import NativeEvent, blocking, start_native_thread, wait
+from .threads import NativeEvent, blocking, in_native_thread, start_native_thread, wait
 
 __all__ = ("Connection",)
 
@@ -47,12 +51,12 @@ DISCONNECTED, CONNECTING, CONNECTED, RECONNECTING = (
 )
 
 #: What nats-py is told unless ``jetstream_nats_options`` says otherwise. A peer that hangs is
-#: noticed after ``ping_interval * (max_outstanding_pings + 1)`` seconds: soon enough for a publish
-#: of 15 s to reach another server.
+#: noticed when it leaves ``max_outstanding_pings`` unanswered: after 3 to 4 s, and not for a stall
+#: of 2 s. (While bytes wait to be sent, :meth:`Session.watch` notices it within 3 s.)
 CLIENT_DEFAULTS: Mapping[str, Any] = {
     "connect_timeout": 2,
-    "ping_interval": 2,
-    "max_outstanding_pings": 2,
+    "ping_interval": 1,
+    "max_outstanding_pings": 3,
     "flush_timeout": 2,
 }
 RECONNECT_DELAY = (0.1, 2.0)
@@ -284,6 +288,7 @@ class Connection:
         if before is not None:
             before.wait()  # the thread of the last connection still says goodbye
         asyncio.set_event_loop(loop)
+        loop.getaddrinfo = _getaddrinfo  # type: ignore[method-assign]
         supervisor = loop.create_task(self._supervise())
         try:
             loop.run_forever()
@@ -318,35 +323,39 @@ class Connection:
             await asyncio.sleep(0)
 
     async def _supervise(self) -> None:
-        urls = list(self.config.nats_urls)
-        random.shuffle(urls)
+        rotation = Rotation(self.config.nats_urls)
         rounds = 0  # since the last session that lived
+        while True:
+            lived = await self._round(rotation)
+            rounds = 0 if lived >= SHORT_LIFE else rounds + 1
+            await asyncio.sleep(self._pause(rounds))
+
+    async def _round(self, rotation: Rotation) -> float:
+        """Tries each of the servers, up to the first that has us; returns for how long it had."""
         failures: list[NotConnectedError] = []
-        for url in itertools.cycle(urls):
+        for server in rotation.servers():
             try:
-                session = await self._open(url)
+                session = await self._open(server)
             except NotConnectedError as error:
                 self._failed(error)
                 failures.append(error)
             else:
                 lived = await self._serve(session)
-                failures.clear()
-                rounds = 0 if lived >= SHORT_LIFE else rounds + 1
-                if lived < SHORT_LIFE:
-                    await asyncio.sleep(self._pause(rounds))
-            if len(failures) == len(urls):
-                self._round_failed(failures)
-                failures.clear()
-                rounds += 1
-                await asyncio.sleep(self._pause(rounds))
+                rotation.learn(server, session.address, session.client.info.get("connect_urls"))
+                return lived
+        self._round_failed(failures)
+        return 0.0
 
-    async def _open(self, url: str) -> Session:
-        options = {**CLIENT_DEFAULTS, "name": self._name(), **self.config.nats_options}
+    async def _open(self, server: Server) -> Session:
         session = Session(Client(tls_wanted=self.config.tls_wanted))
+        options = {**CLIENT_DEFAULTS, "name": self._name(), "tls_hostname": server.tls_name}
+        options.update(self.config.nats_options)
         try:
-            await session.open(url, 2 * options["connect_timeout"] + 1, **options)
+            if "user_credentials" in options:
+                options["user_credentials"] = _credentials(options["user_credentials"])
+            await session.open(server.url, 2 * options["connect_timeout"] + 1, **options)
         except Exception as error:
-            raise _classify(error) from error
+            raise _classify(error, session.client.expires) from error
         return session
 
     async def _serve(self, session: Session) -> float:
@@ -363,7 +372,8 @@ class Connection:
         finally:
             greeting.cancel()
         self._session, self._state = None, RECONNECTING
-        self.last_error = session.error or session.client.last_error
+        cause = session.cause
+        self.last_error = _classify(cause, session.client.expires) if cause else None
         logger.warning("NATS connection lost: %s", self.last_error or "no answer")
         session.end()
         return time.monotonic() - start
@@ -406,12 +416,14 @@ class Connection:
                     waiter.set_exception(self._refusal)
 
     def _pause(self, rounds: int) -> float:
-        """Seconds until the servers are tried again, with jitter."""
+        """Seconds until the servers are tried again, with jitter: many lose the same server."""
+        least, most = RECONNECT_DELAY
+        if rounds == 0:
+            return random.uniform(0, least)
         if self._pace is not None:
             return self._pace
         if isinstance(self.last_error, ConnectionRefusedByServer):
             return random.uniform(0.5, 1.0) * REFUSED_DELAY
-        least, most = RECONNECT_DELAY
         delay: float = min(most, least * 2 ** min(rounds, 8))
         return random.uniform(0.5, 1.0) * delay
 
@@ -419,8 +431,33 @@ class Connection:
         return f"{self.config.app_name} {socket.gethostname()} {os.getpid()}"
 
 
-def _classify(error: BaseException) -> NotConnectedError:
-    """Tells a refusal (trying again is useless) from an outage; the text has no credentials."""
+async def _getaddrinfo(host: Any, port: Any, **options: Any) -> Any:
+    """As a loop's own, but in a thread that holds no exit up."""
+    resolve = partial(socket.getaddrinfo, host, port, **options)
+    return await asyncio.wrap_future(in_native_thread(resolve))
+
+
+def _credentials(given: Any) -> Any:
+    """The text of a creds file as it is now.
+
+    nats-py reads the file twice, and never ends where it has no JWT, as while it is being renewed.
+    """
+    if not isinstance(given, (str, UserString, os.PathLike)):
+        return given
+    text = str(given) if isinstance(given, UserString) else Path(given).read_text()
+    if not all(f"-----BEGIN {part}" in text for part in ("NATS USER JWT", "USER NKEY SEED")):
+        raise NotConnectedError(
+            "there is no user JWT and seed in the creds file of jetstream_nats_options; perhaps it "
+            "is being written"
+        )
+    return UserString(text)
+
+
+def _classify(error: BaseException, expires: float | None = None) -> NotConnectedError:
+    """Tells a refusal (trying again is useless) from an outage; the text has no credentials.
+
+    ``expires``: when the JWT does, that was sent.
+    """
     if isinstance(error, NotConnectedError):
         return error
     text = str(error).lower()
@@ -429,13 +466,26 @@ def _classify(error: BaseException) -> NotConnectedError:
     if "authentication timeout" not in text and (
         "authorization" in text or "authentication" in text
     ):
-        return ConnectionRefusedByServer(
-            "the NATS server refused the credentials (authorization violation); check the user, "
-            "password, token or creds in jetstream_nats_urls or jetstream_nats_options"
-        )
+        return ConnectionRefusedByServer(_refusal(text, expires))
     if isinstance(error, asyncio.TimeoutError):
         return NotConnectedError("the NATS server did not answer in time")
     return NotConnectedError(str(error) or repr(error))
+
+
+def _refusal(text: str, expires: float | None) -> str:
+    """What the server says, and what to do."""
+    if "account authentication expired" in text:
+        return "the NATS account has expired: whoever operates the NATS servers must renew its JWT"
+    if "authentication expired" in text or (expires is not None and expires < time.time()):
+        when = "" if expires is None else f" at {datetime.fromtimestamp(expires, timezone.utc)}"
+        return (
+            f"the NATS credentials expired{when}: renew the creds file of "
+            "jetstream_nats_options['user_credentials']; it is read again at each attempt"
+        )
+    return (
+        "the NATS server refused the credentials (authorization violation); check the user, "
+        "password, token or creds in jetstream_nats_urls or jetstream_nats_options"
+    )
 
 
 # -- threads and forks ---------------------------------------------------------------------------

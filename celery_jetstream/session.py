@@ -7,12 +7,14 @@ thread only.
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
-import inspect
 import itertools
+import json
 import logging
 import re
 import socket
+import struct
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -33,6 +35,9 @@ logger = logging.getLogger(__name__)
 #: Unacknowledged bytes for this long (milliseconds) make the kernel give the socket up (Linux).
 TCP_USER_TIMEOUT_MS = 5_000
 WATCH_INTERVAL = 0.5
+#: So many looks one after the other at bytes that wait, of which the peer takes none, and it hangs.
+#: Looks and not seconds: a process that was itself stalled has looked once.
+STUCK_LOOKS = 5
 #: Unwritten bytes of posted messages, from which on none is to be posted.
 FULL = 256 * 1024
 
@@ -48,11 +53,16 @@ class Session:
 
     def __init__(self, client: Client) -> None:
         self.client = client
+        client.on_info = self._on_info
         self.lost: asyncio.Event = asyncio.Event()
+        #: What nats-py told last; not each is the end.
         self.error: BaseException | None = None
+        #: ``host:port`` of the server.
+        self.address = ""
         #: Our user was not allowed something; what it asked for is not answered.
         self.denied = False
         self._check = asyncio.Event()
+        self._cause: NotConnectedError | None = None
         self._waiting: dict[str, OnAnswer] = {}
         self._tokens = itertools.count()
         self._prefix = ""
@@ -69,14 +79,14 @@ class Session:
                     error_cb=self._on_error,
                     disconnected_cb=self._on_lost,
                     closed_cb=self._on_lost,
-                    **self._lame_duck(),
                     **options,
                 ),
                 timeout,
             )
-            if not self.client.is_connected:  # nats-py takes an EOF for a PONG
+            if self.lost.is_set() or not self.client.is_connected:  # an EOF is a PONG to nats-py
                 raise NotConnectedError("the NATS server closed the connection at once")
             self.client.tune_socket()
+            self.address = self.client.address
             self._prefix = self.client.new_inbox() + "."
             await self.subscribe(self._prefix + "*", self._on_answer)
         except BaseException as error:
@@ -87,11 +97,22 @@ class Session:
             raise self.error from error
 
     async def watch(self) -> None:
-        """Returns when the client is of no more use: closed, stale, or its read loop dead."""
+        """Returns when the client is of no more use: closed, stale, stuck, or a task of it dead."""
+        stuck = 0
         while not self.lost.is_set() and self.client.alive:
             self._check.clear()
-            with contextlib.suppress(asyncio.TimeoutError):
+            try:
                 await asyncio.wait_for(self._check.wait(), WATCH_INTERVAL)
+            except asyncio.TimeoutError:
+                stuck = stuck + 1 if self.client.is_stuck() else 0
+            if stuck >= STUCK_LOOKS:
+                self._cause = NotConnectedError("the NATS server does not read what is sent")
+                return
+
+    @property
+    def cause(self) -> BaseException | None:
+        """Why it was lost, as far as that is known."""
+        return self._cause or self.client.last_error or self.error
 
     def end(self) -> None:
         """Drops the client at once and fails whatever waits for an answer."""
@@ -158,7 +179,7 @@ class Session:
     @property
     def server_version(self) -> str:
         """The server's, such as ``2.15.1``; "" where it did not say."""
-        return str(self.client._server_info.get("version", ""))
+        return str(self.client.info.get("version", ""))
 
     @property
     def full(self) -> bool:
@@ -310,14 +331,11 @@ class Session:
         self.lost.set()
         self._check.set()
 
-    def _lame_duck(self) -> dict[str, Any]:
-        """nats-py tells of a server that shuts down from 2.15 on; before, it just goes."""
-        known = "lame_duck_mode_cb" in inspect.signature(self.client.connect).parameters
-        return {"lame_duck_mode_cb": self._on_lame_duck} if known else {}
-
-    async def _on_lame_duck(self) -> None:
-        logger.warning("NATS server is shutting down (lame duck); moving to another")
-        await self._on_lost()
+    def _on_info(self, info: Mapping[str, Any]) -> None:
+        if info.get("ldm") and not self.lost.is_set():
+            self._cause = NotConnectedError("the NATS server is shutting down (lame duck)")
+            self.lost.set()
+            self._check.set()
 
 
 def _settle(future: asyncio.Future[Any], _: str, answer: Msg | NotConnectedError) -> None:
@@ -355,19 +373,41 @@ def _header_block(headers: Mapping[str, str]) -> bytes:
     return block.encode()
 
 
+def _expiry(jwt: str) -> float | None:
+    """When a JWT expires; None where it does not, or is none."""
+    try:
+        claims = jwt.split(".")[1]
+        expires = json.loads(base64.urlsafe_b64decode(claims + "=" * (-len(claims) % 4)))["exp"]
+        return float(expires)
+    except (IndexError, KeyError, TypeError, ValueError):
+        return None
+
+
+#: tcpi_bytes_acked and tcpi_notsent_bytes of Linux's struct tcp_info, which grows at its end only.
+_TCP_INFO = struct.Struct("=120xQ16xI")
+
+
 class Client(nats.aio.client.Client):
-    """nats-py's client with the four things that its public API does not give.
+    """nats-py's client with the things that its public API does not give.
 
     What is not public of nats-py is used here only (tried on 2.10 to 2.16):
     ``_connect_command``, the tasks, ``_status``, ``_transport._io_writer``, ``_pending`` and
-    ``_flush_queue``, ``_process_msg`` and ``_build_message``.
+    ``_flush_queue``, ``_process_msg``, ``_build_message``, ``_process_headers``, ``_process_info``,
+    ``_pings_outstanding``, and a subscription's ``_id``.
     """
+
+    on_info: Callable[[Mapping[str, Any]], None] | None = None
 
     def __init__(self, *, tls_wanted: bool) -> None:
         super().__init__()
         self._tls_wanted = tls_wanted
         #: What is called for a subscription's messages, by its number.
         self.receivers: dict[int, Callable[[Msg], None]] = {}
+        self._taken = 0
+        #: What the server said of itself last; nats-py keeps what it said first.
+        self.info: Mapping[str, Any] = {}
+        #: When the user JWT that was sent expires, in seconds since 1970.
+        self.expires: float | None = None
         clients.add(self)
 
     def _connect_command(self) -> bytes:
@@ -379,7 +419,14 @@ class Client(nats.aio.client.Client):
                 "a nats:// URL without TLS options."
             )
         command: bytes = super()._connect_command()
+        self.expires = _expiry(json.loads(command.split(b" ", 1)[1]).get("jwt", ""))
         return command
+
+    async def _process_info(self, info: dict[str, Any], *args: Any, **options: Any) -> None:
+        self.info = info
+        await super()._process_info(info, *args, **options)
+        if self.on_info is not None:
+            self.on_info(info)
 
     async def _process_msg(
         self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes
@@ -416,8 +463,12 @@ class Client(nats.aio.client.Client):
 
     @property
     def alive(self) -> bool:
-        """Connected, and something still reads what the server sends, and writes what we send."""
-        tasks = (self._reading_task, self._flusher_task)
+        """Connected, and all still runs that reads, hands on, writes and asks for life.
+
+        A callback that raises ``CancelledError`` ends its subscription without a word.
+        """
+        tasks = [self._reading_task, self._flusher_task, self._ping_interval_task]
+        tasks += [s._wait_for_msgs_task for s in self._subs.values() if s._cb is not None]
         return bool(self.is_connected and all(task and not task.done() for task in tasks))
 
     @property
@@ -434,6 +485,34 @@ class Client(nats.aio.client.Client):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             if hasattr(socket, "TCP_USER_TIMEOUT"):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, TCP_USER_TIMEOUT_MS)
+
+    def is_stuck(self) -> bool:
+        """Bytes wait to be sent, and the peer has taken none since the last call (Linux).
+
+        The kernel knows, also under TLS. A peer that takes them slowly is none that hangs, but
+        answers a ping only when it has read what was sent before: it is given time.
+        """
+        sock = self._socket_info("socket")
+        if sock is None or not hasattr(socket, "TCP_INFO"):
+            return False
+        try:
+            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+            taken, unsent = _TCP_INFO.unpack_from(info)
+        except (OSError, struct.error):  # closed, or a kernel that does not say
+            return False
+        moves, self._taken = taken > self._taken, taken
+        if unsent and moves:
+            self._pings_outstanding = 0
+        return bool(unsent) and not moves
+
+    @property
+    def address(self) -> str:
+        """Where the server is, as ``host:port``; empty where that is not known."""
+        peer = self._socket_info("peername")
+        if not peer:
+            return ""
+        host, port = peer[:2]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     def abort(self) -> None:
         """Closes the socket now, sent or unsent, without waiting for the peer."""
