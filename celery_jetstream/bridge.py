@@ -31,6 +31,7 @@ from .pauses import Pauses
 from .session import Session
 from .settlement import Nak
 from .specs import retention_warnings
+from .sweeper import Sweeper
 
 __all__ = ("Bridge",)
 
@@ -193,9 +194,17 @@ class Bridge:
             on_missing=self.jetstream.ensure_topology,
             batch=config.batch_size,
         )
+        sweeper = Sweeper(
+            self.jetstream.connection,
+            self.jetstream.settler,
+            config.stream_name,
+            config.durable,
+            ack_wait=config.ack_wait,
+        )
         self._tasks = [
             asyncio.get_running_loop().create_task(self._pull.run()),
             asyncio.get_running_loop().create_task(self._keep()),
+            asyncio.get_running_loop().create_task(sweeper.run()),
         ]
 
     def _room(self) -> int:

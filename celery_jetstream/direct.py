@@ -37,6 +37,7 @@ from .inflight import Flight
 from .pauses import Pauses
 from .request import HandBack, Source
 from .settlement import DeadLetter, End, Nak
+from .sweeper import Sweeper
 from .threads import Wake, native_lock
 
 __all__ = ("Direct",)
@@ -178,7 +179,14 @@ class Intake:
 
     async def _run(self) -> None:
         await self._jetstream.ensure_topology()
-        await asyncio.gather(self._pull.run(), self._keep(), self._look_again())
+        sweeper = Sweeper(
+            self._jetstream.connection,
+            self._jetstream.settler,
+            self._config.stream_name,
+            self._config.durable,
+            ack_wait=self._config.ack_wait,
+        )
+        await asyncio.gather(self._pull.run(), self._keep(), self._look_again(), sweeper.run())
 
     def _room(self) -> int:
         """How many more may be taken: those that begin soon.
