@@ -25,6 +25,7 @@ from nats.errors import Error as NatsError
 
 from .exceptions import ConnectionRefusedByServer, EventError, NoResponders, NotConnectedError
 from .headers import wire_size
+from .servers import masked_url
 
 __all__ = ("Client", "NoResponders", "Session")
 
@@ -86,6 +87,27 @@ class Session:
                 raise
             # nats-py reports the cause to its callback and raises "no servers available"
             raise self.error from error
+
+    @property
+    def safe_url(self) -> str:
+        """Where it is connected to, without credentials."""
+        url = self.client.connected_url
+        return masked_url(url.geturl()) if url else ""
+
+    @property
+    def server_version(self) -> str:
+        """The server's, such as ``2.15.1``; "" where it did not say."""
+        return str(self.client._server_info.get("version", ""))
+
+    @property
+    def server_name(self) -> str:
+        """The server's; "" where it did not say."""
+        return str(self.client._server_info.get("server_name", ""))
+
+    @property
+    def cluster_name(self) -> str:
+        """The server's cluster; "" where it is in none."""
+        return str(self.client._server_info.get("cluster", ""))
 
     async def watch(self) -> None:
         """Returns when the client is of no more use: closed, stale, or its read loop dead."""

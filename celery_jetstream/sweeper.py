@@ -82,6 +82,7 @@ class Sweeper:
         self._created = ""
         self._swept_to = 0
         self._watched: dict[int, _Watched] = {}
+        self._exhausted: set[int] = set()
         self._is_work_queue: bool | None = None
         self._listening = self._told = self._told_denied = False
 
@@ -129,6 +130,7 @@ class Sweeper:
         self._session = session
         self._listening, self._is_work_queue = False, None
         self._watched.clear()
+        self._exhausted.clear()
         self._swept_to = 0
 
     async def _may_sweep(self, session: Session) -> bool:
@@ -193,12 +195,14 @@ class Sweeper:
             await session.subscribe(f"{advisories}.{self._stream}.{self._consumer}", self._advised)
 
     async def _advised(self, message: Msg) -> None:
-        with contextlib.suppress(ValueError, KeyError, NotConnectedError):
-            await self._watch(int(json.loads(message.data)["stream_seq"]))
+        with contextlib.suppress(ValueError, KeyError):
+            self._exhausted.add(int(json.loads(message.data)["stream_seq"]))
             self._wake.set()
 
     async def _find(self, session: Session, state: _State) -> None:
-        """What the stream has where the consumer has passed, and has not been looked at yet."""
+        """What was advised of; what the stream has where the consumer has passed since."""
+        while self._exhausted:
+            await self._watch(self._exhausted.pop())
         for subject in state.filters:
             sequence = self._swept_to + 1
             while sequence <= state.passed:
@@ -234,7 +238,7 @@ class Sweeper:
             if watched is None:
                 return
             if message.data.startswith((b"+ACK", b"+TERM")):
-                await self._leave(sequence)
+                watched.is_settled = True
             else:
                 watched.due = max(watched.due, time.monotonic() + self._patience)
 
@@ -253,14 +257,15 @@ class Sweeper:
 
     async def _bury_due(self, session: Session, state: _State) -> None:
         now = time.monotonic()
-        due = [sequence for sequence, watched in self._watched.items() if watched.due <= now]
-        for sequence in due[:MOST_BURIED]:
+        for sequence in [number for number, one in self._watched.items() if one.is_settled]:
+            await self._leave(sequence)
+        due = [(number, watched) for number, watched in self._watched.items() if watched.due <= now]
+        for sequence, watched in due[:MOST_BURIED]:
             delivery = self._delivery(sequence, state.max_deliver)
             original = await fetch_original(session, delivery)
-            watched = self._watched.get(sequence)
             if original is None:
                 await self._leave(sequence)
-            elif watched is not None:
+            elif not watched.is_settled:
                 watched.tries += 1
                 watched.due = now + min(LONGEST_PAUSE, self._patience * 2**watched.tries)
                 text = f"delivered {state.max_deliver} times, the consumer's max_deliver"
@@ -283,6 +288,7 @@ class _Watched:
 
     due: float
     tries: int = 0
+    is_settled: bool = False
     words: Subscription | None = None
 
 
