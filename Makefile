@@ -10,13 +10,14 @@ PARALLEL ?= -n 3 --dist loadfile
 PYTHON := .venv/bin/python
 READY := .venv/.ready
 OLDEST := .venv-oldest
+ON_OLD_SERVER := tests/integration/test_settlement.py tests/integration/test_sweeper.py
 PEERS := .venv-bench
 UV := $(shell command -v uv 2>/dev/null)
 SOURCES := celery_jetstream tests $(wildcard examples benchmarks)
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types imports oldest crash bench format lock clean
+.PHONY: help demo test check lint types imports oldest old crash bench format lock clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -44,6 +45,9 @@ oldest: $(OLDEST)/.ready ## the settlement suite on the oldest Celery and nats-p
 	@$(OLDEST)/bin/python -m pytest tests/unit/test_celery_internals.py \
 		tests/integration/test_settlement.py tests/integration/test_inbox_runs.py \
 		-n 2 -k "not every_pool and not (inbox and direct)" $(ARGS)
+
+old: $(READY) ## a part of the tests on the oldest nats-server; ARGS="tests" for all of them
+	@$(PYTHON) -m pytest --nats-server=old -n 2 --dist loadfile $(or $(ARGS),$(ON_OLD_SERVER))
 
 crash: $(READY) ## the crash tests, ROUNDS times each
 	@$(PYTHON) -m pytest tests/crash --rounds=$(ROUNDS) --timeout=0 $(ARGS)

@@ -33,6 +33,7 @@ from .push import Push
 from .session import Session
 from .settlement import Nak
 from .specs import IDLE_HEARTBEAT, ConsumerSpec, retention_warnings
+from .sweeper import Sweeper
 
 __all__ = ("Bridge",)
 
@@ -185,7 +186,8 @@ class Bridge:
                 "the workers' claims the bridge would send running tasks again; allow it"
             )
         self._intakes = [self._intake(consumer) for consumer in self._consumers]
-        coroutines = [self._keep(), *(intake.run() for intake in self._intakes)]
+        sweepers = [self._sweeper(consumer) for consumer in self._consumers]
+        coroutines = [self._keep(), *(one.run() for one in (*self._intakes, *sweepers))]
         self._tasks = [asyncio.get_running_loop().create_task(one) for one in coroutines]
 
     def _intake(self, consumer: ConsumerSpec) -> Pull | Push:
@@ -208,6 +210,15 @@ class Bridge:
             on_missing=on_missing,
             # a source that has nothing to send holds a request all the same
             batch=min(consumer.batch_size, max(1, WINDOW // len(self._consumers))),
+        )
+
+    def _sweeper(self, consumer: ConsumerSpec) -> Sweeper:
+        return Sweeper(
+            self.jetstream.connection,
+            self.jetstream.settler,
+            consumer.stream,
+            consumer.durable,
+            ack_wait=consumer.ack_wait,
         )
 
     def _room(self) -> int:

@@ -22,6 +22,7 @@ from kombu.utils.compat import detect_environment
 
 from .cli_inbox import inbox
 from .cli_outbox import outbox
+from .cli_status import status
 from .commands import daemon, jetstream_of, stop_on_signals
 
 __all__ = ("jetstream",)
@@ -235,4 +236,5 @@ def _handler(app: Any, task: Any) -> dict[str, Any]:
 
 jetstream.add_command(inbox)
 jetstream.add_command(outbox)
+jetstream.add_command(status)
 jetstream.add_command(worker)

@@ -39,6 +39,7 @@ from .pull import Pull
 from .request import HandBack, Source
 from .settlement import DeadLetter, End, Nak
 from .specs import ConsumerSpec
+from .sweeper import Sweeper
 from .threads import Wake, native_lock
 
 __all__ = ("Direct",)
@@ -166,9 +167,20 @@ class Intake:
 
     async def _run(self) -> None:
         await self._jetstream.ensure_topology()
-        self._feeds = [Feed(self, consumer) for consumer in await self._consumers()]
-        pulls = [feed.pull.run() for feed in self._feeds]
-        await asyncio.gather(*pulls, self._keep(), self._look_again())
+        consumers = await self._consumers()
+        self._feeds = [Feed(self, consumer) for consumer in consumers]
+        runs = [feed.pull.run() for feed in self._feeds]
+        runs += [self._sweeper(consumer).run() for consumer in consumers]
+        await asyncio.gather(*runs, self._keep(), self._look_again())
+
+    def _sweeper(self, consumer: ConsumerSpec) -> Sweeper:
+        return Sweeper(
+            self._jetstream.connection,
+            self._jetstream.settler,
+            consumer.stream,
+            consumer.durable,
+            ack_wait=consumer.ack_wait,
+        )
 
     async def _consumers(self) -> tuple[ConsumerSpec, ...]:
         """Waits for a server where that must be asked."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from celery import Celery, bootsteps
 from celery import signals as celery_signals
 
-from . import plans, signals, specs, topology
+from . import plans, signals, specs, status, topology
 from .capabilities import has_filter_subjects
 from .config import Config
 from .connection import Connection
@@ -162,6 +162,27 @@ class JetStream:
     def state(self) -> str:
         """``disconnected``, ``connecting``, ``connected`` or ``reconnecting``."""
         return "disconnected" if self._runtime is None else self._runtime.connection.state
+
+    def status(self, timeout: float = 5.0) -> dict[str, Any]:
+        """How the connection, the server, the stream and the consumers are; changes nothing.
+
+        Never raises for NATS's sake: see ``healthy`` and ``problems`` (docs/reference/status.md).
+
+        Args:
+            timeout: seconds for all of it.
+
+        Raises:
+            ConfigurationError: the settings are wrong.
+        """
+        return self.connection.run(self._status, timeout)
+
+    async def _status(self, timeout: float) -> dict[str, Any]:
+        try:
+            consumers = await asyncio.wait_for(self.consumers(), timeout / 2)
+        except (NotConnectedError, asyncio.TimeoutError):
+            consumers = consumer_specs(self.config)
+        durables = [consumer.durable for consumer in consumers]
+        return await status.look(self.connection, self.config, durables, timeout / 2)
 
     # -- publishing ------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from nats.errors import Error as NatsError
 
 from .exceptions import ConnectionRefusedByServer, EventError, NoResponders, NotConnectedError
 from .headers import wire_size
+from .servers import masked_url
 
 __all__ = ("Client", "NoResponders", "Session")
 
@@ -95,6 +96,27 @@ class Session:
                 raise
             # nats-py reports the cause to its callback and raises "no servers available"
             raise self.error from error
+
+    @property
+    def safe_url(self) -> str:
+        """Where it is connected to, without credentials."""
+        url = self.client.connected_url
+        return masked_url(url.geturl()) if url else ""
+
+    @property
+    def server_version(self) -> str:
+        """The server's, such as ``2.15.1``; "" where it did not say."""
+        return str(self.client.info.get("version", ""))
+
+    @property
+    def server_name(self) -> str:
+        """The server's; "" where it did not say."""
+        return str(self.client.info.get("server_name", ""))
+
+    @property
+    def cluster_name(self) -> str:
+        """The server's cluster; "" where it is in none."""
+        return str(self.client.info.get("cluster", ""))
 
     async def watch(self) -> None:
         """Returns when the client is of no more use: closed, stale, stuck, or a task of it dead."""
@@ -175,11 +197,6 @@ class Session:
         if on_answer is not None:
             self._waiting[token] = on_answer
         return token
-
-    @property
-    def server_version(self) -> str:
-        """The server's, such as ``2.15.1``; "" where it did not say."""
-        return str(self.client.info.get("version", ""))
 
     @property
     def full(self) -> bool:

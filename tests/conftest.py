@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from celery_jetstream import capabilities
 from tests.databases import Database
 from tests.servers import (
     OLD_NATS_SERVER,
@@ -18,6 +20,7 @@ from tests.servers import (
     PostgresServer,
     RabbitServer,
     RedisServer,
+    nats_version,
     need,
     wait_until,
 )
@@ -42,6 +45,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--rounds", type=int, default=1, help="how often each crash test does what it does"
     )
+    parser.addoption(
+        "--nats-server",
+        metavar="PATH",
+        help="the nats-server that the tests use; 'old' is Debian's, the oldest that we support",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if path := config.getoption("--nats-server"):
+        os.environ["NATS_SERVER_BINARY"] = OLD_NATS_SERVER if path == "old" else path
 
 
 @pytest.hookimpl(trylast=True)
@@ -53,6 +66,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.timeout(0), append=False)  # comes before the module's
         elif not many_rounds and item.get_closest_marker("soak"):
             item.add_marker(pytest.mark.skip(reason="only with --rounds above 1: make crash"))
+        for marker in item.iter_markers("needs_nats"):
+            if (version := nats_version()) and not capabilities.has(version, marker.args[0]):
+                reason = f"nats-server {version} has no {marker.args[0]}"
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def _folder_rank(item: pytest.Item) -> int:

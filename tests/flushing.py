@@ -13,14 +13,19 @@ from celery import Celery
 from nats.aio.msg import Msg
 from sqlalchemy import Connection, event, select, text, update
 
-from celery_jetstream import JetStream
+from celery_jetstream import JetStream, capabilities
+from celery_jetstream.deadletter import fetch_original
+from celery_jetstream.delivery import Delivery
 from celery_jetstream.flusher import Flusher, FlushResult
 from celery_jetstream.models import bucket_of
 from celery_jetstream.outbox import Outbox
 from celery_jetstream.schema import create_tables
+from celery_jetstream.session import Session
 from celery_jetstream.sqltypes import db_now
 from tests.conftest import Names
 from tests.databases import Database
+
+BATCHED_GET = capabilities.Feature("a direct get of several messages", (2, 11, 0), "")
 
 __all__ = ("Flushing", "Responder", "Threads", "in_order", "statements")
 
@@ -185,6 +190,8 @@ class Flushing:
 
     async def _read(self, stream: str) -> list[Msg]:
         session = await self.jetstream.connection.session()
+        if not capabilities.has(session.server_version, BATCHED_GET):
+            return await _read_one_by_one(session, stream)
         inbox, found, ended = session.client.new_inbox(), list[Msg](), asyncio.Event()
 
         def receive(message: Msg) -> None:
@@ -222,6 +229,26 @@ class Flushing:
     def update_stream(self, **config: Any) -> None:
         found = self.api(f"STREAM.INFO.{self.stream}")["config"]
         self.api(f"STREAM.UPDATE.{self.stream}", **{**found, **config})
+
+
+async def _read_one_by_one(session: Session, stream: str) -> list[Msg]:
+    """As JetStream's direct get would return them."""
+    answer = await session.ask(f"$JS.API.STREAM.INFO.{stream}")
+    state = json.loads(answer.data)["state"]
+    sequences = range(max(1, state["first_seq"]), state["last_seq"] + 1)
+    found: list[Msg] = []
+    for start in range(0, len(sequences), 256):
+        block = [
+            Delivery.from_reply(f"$JS.ACK.{stream}.none.1.{sequence}.0.0.0")
+            for sequence in sequences[start : start + 256]
+        ]
+        originals = await asyncio.gather(*(fetch_original(session, one) for one in block))
+        for delivery, original in zip(block, originals, strict=True):
+            if original is not None:
+                own = {"Nats-Subject": original.subject, "Nats-Sequence": str(delivery.sequence)}
+                headers = {**original.headers, **own}
+                found.append(Msg(session.client, original.subject, "", original.body, headers))
+    return found
 
 
 class Responder:

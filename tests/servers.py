@@ -8,6 +8,7 @@ by its own process id. They are programs of the system, so a machine may lack th
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -39,6 +40,7 @@ __all__ = (
     "RedisServer",
     "alive",
     "missing",
+    "nats_version",
     "need",
     "wait_until",
 )
@@ -72,13 +74,23 @@ def need(name: str) -> None:
         pytest.skip(reason)
 
 
+def nats_version() -> str:
+    """The version of the nats-server that the tests use; "" where there is none."""
+    binary = find_nats_server()
+    return _version_of(binary) if binary and shutil.which(binary) else ""
+
+
+@functools.cache
+def _version_of(binary: str) -> str:
+    asked = subprocess.run([binary, "--version"], capture_output=True, text=True, check=True)
+    return asked.stdout.strip().removeprefix("nats-server: ")
+
+
 def _why_no_old_nats() -> str | None:
     if shutil.which(OLD_NATS_SERVER) is None:
         return f"no {OLD_NATS_SERVER}: apt-get install nats-server"
-    version = subprocess.run(
-        [OLD_NATS_SERVER, "--version"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    return None if "v2.9." in version else f"{OLD_NATS_SERVER} is {version}, not 2.9"
+    version = _version_of(OLD_NATS_SERVER)
+    return None if version.startswith("v2.9.") else f"{OLD_NATS_SERVER} is {version}, not 2.9"
 
 
 def _find(program: str) -> str | None:

@@ -13,6 +13,7 @@ import pytest
 from nats.aio.client import Client
 from nats.errors import Error, NoRespondersError
 
+from celery_jetstream.capabilities import ATOMIC_BATCHES, Feature
 from celery_jetstream.exceptions import (
     DriftError,
     NotConnectedError,
@@ -342,6 +343,7 @@ def test_several_filters_become_the_one(
     talk(nats_server, body)
 
 
+@pytest.mark.needs_nats(Feature("metadata and allow_msg_ttl", (2, 11, 0), ""))
 def test_what_an_administrator_set_is_kept(
     nats_server: NatsServer, stream: StreamSpec, consumer: ConsumerSpec
 ) -> None:
@@ -558,6 +560,7 @@ def test_atomic_batches_are_asked_for_and_not_insisted_on(
     talk(server, body)
 
 
+@pytest.mark.needs_nats(ATOMIC_BATCHES)
 def test_a_stream_that_cannot_have_atomic_batches_gets_the_rest(
     nats_server: NatsServer, stream: StreamSpec
 ) -> None:
