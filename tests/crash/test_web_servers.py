@@ -12,6 +12,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -22,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from celery_jetstream.testing import NatsServer, free_port, wait_until
+from celery_jetstream.testing import NatsServer, wait_until
 from tests.conftest import Names
 from tests.databases import Database
 from tests.publishing import Source
@@ -40,7 +41,7 @@ WAYS["gthread"] = WAYS["sync"]
 #: What is asked for at once.
 CLIENTS = 6
 #: Of gunicorn: requests have so long to end.
-GRACE = 10
+GRACE = 25
 #: Soon: no worker has left a lease (30 s) behind.
 FLUSHED = 10
 
@@ -58,12 +59,11 @@ class Web:
         *options: str,
     ) -> None:
         self._ways = WAYS[kind]
-        self.port = free_port()
         self.source = Source(nats_url, names, database)
         first = "1" if "--preload" in options else ""
         self.before = ["before-the-fork-1", "before-the-fork-2"] if first else []
         command = [sys.executable, "-m", "gunicorn", "tests.apps.web:app", "-k", kind, *options]
-        command += ["-b", f"127.0.0.1:{self.port}", "-w", "2", "--graceful-timeout", str(GRACE)]
+        command += ["-b", "127.0.0.1:0", "-w", "2", "--graceful-timeout", str(GRACE)]
         command += ["--no-control-socket"]
         environment = {
             "WEB_CONF": json.dumps(self.source.settings),
@@ -72,6 +72,8 @@ class Web:
         }
         self.process = CeleryProcess(directory / "gunicorn.log", command, environment)
         self.process.wait_for("Booting worker", times=2)
+        (port,) = re.findall(r"Listening at: http://127.0.0.1:(\d+)", self.process.text())
+        self.port = int(port)
         self.answered: dict[str, dict[str, Any]] = {}
         self.again = 0
         self._numbers = itertools.count()

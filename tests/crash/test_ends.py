@@ -1,0 +1,238 @@
+"""Ends that were asked for: SIGTERM under load, to one process or its group, and SIGKILL after it.
+
+``ack_wait`` and the outbox's lease are so long here that what is not handed back shows: it would
+come after them, and all must be done well before.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from celery_jetstream.testing import NatsServer, wait_until
+from tests.banking import Bank
+from tests.conftest import Names
+from tests.crash import faults
+from tests.crash.shops import Shop
+from tests.databases import Database
+from tests.servers import PostgresServer, RedisServer
+from tests.stack import WORKER, CeleryProcess, Stack, handled_once
+
+pytestmark = pytest.mark.timeout(240)
+
+#: Seconds after which what was not handed back comes again, and by which all must be done.
+ACK_WAIT, SOON = 30.0, 20.0
+#: Seconds that a bridge and a relay may take to end; a prefork worker of Celery's own takes 32.
+BOUND, WORKER_BOUND = 8.0, 45.0
+SETTINGS: dict[str, Any] = {"jetstream_ack_wait": ACK_WAIT, "jetstream_backoff": [0.2]}
+
+
+def all_done_soon(stack: Stack, event_ids: list[str], since: float, what: str) -> None:
+    """Each once, without an ``ack_wait`` that had to pass."""
+    try:
+        faults.nothing_lost(stack, event_ids, what)
+    finally:
+        print(f"{what}: all done {time.monotonic() - since:.1f} s after the signal")
+    assert time.monotonic() - since < SOON, "something was not handed back"
+    handled_once(stack, event_ids)
+
+
+# -- a bridge --------------------------------------------------------------------------------------
+
+
+def test_a_bridge_ends_while_messages_come_in(make_stack: Any, rounds: int) -> None:
+    """It is told so when it has just begun to fill up; the next gets all of that at once."""
+    stack = make_stack(**SETTINGS)
+    stack.worker()
+    for _ in range(rounds):
+        events = faults.publish_load(stack, 700)
+        bridge = stack.bridge()
+        began = time.monotonic()
+        assert bridge.stop(BOUND) == 0
+        print(f"the bridge ended in {time.monotonic() - began:.1f} s")
+        following = stack.bridge()
+        all_done_soon(stack, events, time.monotonic(), "SIGTERM of a bridge that fills up")
+        following.kill()
+    handed_back = faults.num_delivered(stack).count(2)
+    assert handed_back, "it held nothing: this shows nothing"
+    assert max(faults.num_delivered(stack)) == 2
+
+
+# -- workers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "direct",
+    [pytest.param(False, marks=pytest.mark.soak), True],
+    ids=["bridge", "direct"],
+)
+def test_workers_end_under_load(make_stack: Any, rounds: int, direct: bool) -> None:
+    """Of two pools, one told twice: Celery takes the second SIGTERM for the first."""
+    stack = make_stack(direct=direct, **SETTINGS)
+    if not direct:
+        stack.bridge()
+    stack.worker()  # does the rest
+    for _ in range(rounds):
+        ending = [stack.start_worker(pool=pool, concurrency=4) for pool in ("prefork", "threads")]
+        for process in ending:
+            process.wait_for("ready.")
+        events = faults.publish_load(stack, 900)
+        faults.in_the_middle(stack, 200)
+        began = time.monotonic()
+        for process in (*ending, ending[0]):
+            process.send(signal.SIGTERM)
+        all_done_soon(stack, events, began, "SIGTERM of workers under load")
+        for process in ending:
+            assert process.wait(WORKER_BOUND) == 0, process.text()[-3000:]
+        print(f"the last worker had ended after {time.monotonic() - began:.1f} s at the most")
+
+
+# -- flushers --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shop(
+    tmp_path: Path,
+    nats_server: NatsServer,
+    redis_server: RedisServer,
+    names: Names,
+    postgresql: Database,
+) -> Iterator[Shop]:
+    found = Shop(
+        tmp_path,
+        nats_server.url,
+        names,
+        postgresql,
+        broker_url=redis_server.url,
+        jetstream_outbox_batch_size=50,
+        jetstream_outbox_lease=ACK_WAIT,
+    )
+    yield found
+    found.close()
+
+
+def test_flushers_end_under_load(shop: Shop, rounds: int) -> None:
+    """A worker that flushes and a relay: what they have leased, the next has at once."""
+    writers = [shop.start("write", f"w{number}-", 0.002) for number in range(2)]
+    for number in range(rounds):
+        worker = shop.celery(*WORKER, "-P", "prefork", "-c", "2", "-n", f"w{number}@%h")
+        relay = start_relay(shop)
+        worker.wait_for("ready.")
+        shop.wait_ledger("published", len(shop.ledger("published")) + 20)
+        began = time.monotonic()
+        relay.send(signal.SIGTERM)
+        assert relay.wait(BOUND) == 0
+        relay_took = time.monotonic() - began
+        worker.send(signal.SIGTERM)
+        assert worker.wait(WORKER_BOUND) == 0
+        took = time.monotonic() - began - relay_took
+        print(f"the relay ended in {relay_took:.1f} s, the flushing worker in {took:.1f} s")
+    relay = start_relay(shop)
+    for writer in writers:
+        writer.send(signal.SIGTERM)
+        assert writer.wait(10) == 0
+    began = time.monotonic()
+    shop.wait_sent(SOON)
+    print(f"all sent {time.monotonic() - began:.1f} s later")
+    relay.send(signal.SIGTERM)
+    relay.send(signal.SIGTERM)
+    assert relay.wait(BOUND) in (0, 128 + signal.SIGTERM)
+    assert (account := shop.account("SIGTERM of flushers", kills=2 * rounds)).is_right, account
+
+
+def start_relay(shop: Shop) -> CeleryProcess:
+    return shop.celery("jetstream", "outbox", "relay", "--interval", "0.05")
+
+
+# -- SIGTERM, and after a grace SIGKILL ------------------------------------------------------------
+
+
+@pytest.fixture
+def make_bank(
+    tmp_path: Path,
+    nats_server: NatsServer,
+    redis_server: RedisServer,
+    postgres_server: PostgresServer,
+    names: Names,
+) -> Iterator[Callable[..., Bank]]:
+    made: list[Bank] = []
+
+    def make(**settings: Any) -> Bank:
+        user = f"bank_{os.getpid()}_{names.app_name.replace('-', '_')}"
+        postgres_server.create_user(user)
+        url = postgres_server.url("postgres", user)
+        settings = {**faults.SETTINGS, "jetstream_outbox_lease": 3, **settings}
+        made.append(Bank(tmp_path, nats_server.url, redis_server.url, names, url, **settings))
+        return made[-1]
+
+    yield make
+    for bank in made:
+        bank.close()
+
+
+class Fleet:
+    """All that a deploy stops and starts: workers, a bridge where there is one, a flusher."""
+
+    def __init__(self, bank: Bank) -> None:
+        self.processes = [bank.start_worker()]
+        if not bank.direct:
+            self.processes.append(bank.celery("jetstream", "bridge"))
+        self.processes.append(bank.celery("jetstream", "outbox", "relay"))
+        self.processes[0].wait_for("ready.")
+
+    def stop(self, grace: float, *, group: bool) -> list[int]:
+        """As systemd and Kubernetes do; returns the exit statuses."""
+        for process in self.processes:
+            if group:
+                os.killpg(process.pid, signal.SIGTERM)
+            else:
+                process.send(signal.SIGTERM)
+        end = time.monotonic() + grace
+        while time.monotonic() < end and any(p.poll() is None for p in self.processes):
+            faults.let_pass(0.05)
+        for process in self.processes:
+            process.end()
+        return [process.wait() for process in self.processes]
+
+
+@pytest.mark.parametrize(
+    ("direct", "group"),
+    [
+        pytest.param(False, False, marks=pytest.mark.soak),
+        (False, True),
+        (True, False),
+        pytest.param(True, True, marks=pytest.mark.soak),
+    ],
+    ids=["bridge", "bridge-group", "direct", "direct-group"],
+)
+def test_killed_where_the_grace_is_too_short(
+    make_bank: Callable[..., Bank], rounds: int, direct: bool, group: bool
+) -> None:
+    """Handlers take longer than it: each has its effect once, by the next worker at the latest.
+
+    The grace is Kubernetes' least sensible, 10 s; in a short run 1.5 s.
+    """
+    grace = 10.0 if rounds > 1 else 1.5
+    bank = make_bank(direct=direct)
+    fleet = Fleet(bank)
+    events: list[str] = []
+    for number in range(rounds):
+        slow = bank.publish("paid.slow", 2, seconds=2 * grace)
+        bank.wait_ledger(lambda s=slow: all(map(bank.runs, s)), 60, "the slow ones to run")
+        events += slow
+        events += bank.publish_many([("paid.load", {"id": n}) for n in range(200)])
+        events += bank.publish_many([("passed.on", {"id": n}) for n in range(100)])
+        statuses = fleet.stop(grace, group=group)
+        print(f"exit statuses {statuses}")
+        assert set(statuses) <= {0, -signal.SIGKILL}
+        assert group or statuses[0] == -signal.SIGKILL, "it did not wait for what ran"
+        fleet = Fleet(bank)
+        bank.exactly_once(events, f"TERM, then KILL, round {number}")
+        assert all(len(bank.runs(event_id)) >= 2 for event_id in slow), "none was cut off"
+    wait_until(lambda: bank.rows() == {"sent": 100 * rounds}, 30, "what they passed on to be sent")
