@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.crash import faults
-from tests.stack import CeleryProcess, Stack, handled_once, in_both_modes
+from tests.stack import CeleryProcess, Stack, handled_once, in_both_modes_soak
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -62,7 +62,7 @@ def account(stack: Stack, what: str, event_ids: list[str]) -> Counter[str]:
     return ends
 
 
-@in_both_modes
+@in_both_modes_soak
 def test_old_and_new_side_by_side(make_stack: Any, direct: bool) -> None:
     """The new one starts, both run, the old one ends: with messages wherever they can be."""
     stack = make_stack(direct=direct, jetstream_ack_wait=10)

@@ -171,7 +171,7 @@ def make_web(
         pytest.param("sync", False, marks=pytest.mark.soak),
         pytest.param("gthread", True, marks=pytest.mark.soak),
         ("gthread", False),
-        pytest.param("gevent", True, marks=GEVENT),
+        pytest.param("gevent", True, marks=[GEVENT, pytest.mark.soak]),
         pytest.param("gevent", False, marks=[GEVENT, pytest.mark.soak]),
     ],
 )

@@ -26,7 +26,7 @@ PROGRAMS = [
     *(["gevent"] if importlib.util.find_spec("gevent") else []),
 ]
 #: Seconds: those of ``close()``, twice (a child's and its parent's), and some for a slow machine.
-BOUND = 15.0
+BOUND = 30.0
 
 
 class Leaver(CeleryProcess):
@@ -51,7 +51,14 @@ class Leaver(CeleryProcess):
         return self.text()[-6000:]
 
 
-@pytest.mark.parametrize("server_is", ["there", "hung", "gone"])
+@pytest.mark.parametrize(
+    "server_is",
+    [
+        pytest.param("there", marks=pytest.mark.soak),
+        "hung",
+        pytest.param("gone", marks=pytest.mark.soak),
+    ],
+)
 def test_every_end_is_bounded_and_quiet(server_is: str, tmp_path: Path, names: Names) -> None:
     need("nats")
     with NatsServer() as server:
