@@ -1,7 +1,7 @@
 """Ends that were asked for: SIGTERM under load, to one process or its group, and SIGKILL after it.
 
-What is not handed back comes again only after ``ack_wait`` (of the outbox, after its lease): both are
-long here, and how often messages come again is compared with how many were handed back.
+What is not handed back comes again only after ``ack_wait`` (of the outbox, after its lease): both
+are long here, and how often messages come again is compared with how many were handed back.
 """
 
 from __future__ import annotations
