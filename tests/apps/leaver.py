@@ -22,7 +22,7 @@ from typing import NoReturn
 
 from celery import Celery
 
-from celery_jetstream import JetStream
+from celery_jetstream import JetStream, signals
 
 app = Celery("leaver", broker="memory://")
 app.conf.update(json.loads(os.environ["LEAVER_CONF"]))
@@ -125,6 +125,25 @@ def gevent() -> None:
     there()
 
 
+def flushes() -> None:
+    """Threads commit without an end, so that the flush after a commit has none either."""
+    in_the_middle(0)
+
+    def write() -> NoReturn:
+        while True:
+            with jetstream.outbox.database.engine.begin() as connection:
+                jetstream.outbox.add_many(
+                    connection, [{"event_type": "leaver.row", "payload": {}} for _ in range(20)]
+                )
+
+    flushing = threading.Event()
+    signals.outbox_claimed.connect(lambda **_: flushing.set(), weak=False)
+    for _ in range(2):
+        threading.Thread(target=write, daemon=True).start()
+    flushing.wait()
+    there()
+
+
 PROGRAMS = {
     program.__name__: program
     for program in (
@@ -137,6 +156,7 @@ PROGRAMS = {
         fork_unused,
         multiprocessing_child,
         gevent,
+        flushes,
     )
 }
 

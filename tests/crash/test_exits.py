@@ -9,11 +9,14 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from celery_jetstream.testing import NatsServer, wait_until
 from tests.conftest import Names
+from tests.databases import Database
+from tests.publishing import Source
 from tests.servers import need
 from tests.stack import ROOT, CeleryProcess
 
@@ -32,7 +35,7 @@ BOUND = 30.0
 class Leaver(CeleryProcess):
     """A program that ends when it is told to."""
 
-    def __init__(self, log: Path, program: str, settings: dict[str, str]) -> None:
+    def __init__(self, log: Path, program: str, settings: dict[str, Any]) -> None:
         command = [sys.executable, "-X", "faulthandler", "-m", "tests.apps.leaver", program]
         self._read, self._write = os.pipe()
         environment = {"LEAVER_CONF": json.dumps(settings), "PYTHONPATH": str(ROOT)}
@@ -88,6 +91,23 @@ def test_every_end_is_bounded_and_quiet(server_is: str, tmp_path: Path, names: N
         finally:
             for leaver in leavers:
                 leaver.end()
+
+
+def test_a_flush_after_a_commit_leaves_no_lease(
+    tmp_path: Path, nats_server: NatsServer, names: Names, postgresql: Database
+) -> None:
+    """Else what is in its buckets would wait for the lease to end, 30 s."""
+    source = Source(nats_server.url, names, postgresql)
+    leaver = Leaver(tmp_path / "flushes.log", "flushes", source.settings)
+    try:
+        leaver.wait_for("there", 60)
+        leaver.leave()
+        print(f"it ended in {_seconds(leaver, time.monotonic())} s")
+        assert leaver.poll() == 0, leaver.text()[-3000:]
+        assert source.jetstream.outbox.status()["leases"] == {}
+    finally:
+        leaver.end()
+        source.jetstream.close()
 
 
 def _seconds(leaver: Leaver, began: float) -> float:
