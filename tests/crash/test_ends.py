@@ -44,7 +44,7 @@ class HandBacks:
     async def _listen(self) -> None:
         session = await self._stack.hub.connection.session()
         subject = f"$JS.EVENT.ADVISORY.CONSUMER.MSG_NAKED.{self._stack.names.stream_name}.>"
-        await session.subscribe(subject, self._hear)
+        await session.client.subscribe(subject, cb=self._hear)
 
     async def _hear(self, _: Any) -> None:
         self.count += 1
