@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from datetime import datetime, timedelta
 from hashlib import blake2b
@@ -85,6 +86,7 @@ class Outbox(OutboxAdmin):
         self._send_flush = send_flush
         self._insert_at_once = self.flusher.rows.insert()  # once: half the time of an add
         self._nudger = Nudger(self._flush_soon)
+        self._flushes_until = float("inf")
 
     # -- writing ---------------------------------------------------------------------------------
 
@@ -290,12 +292,13 @@ class Outbox(OutboxAdmin):
 
     def _flush_soon(self) -> None:
         if self._connection.connected:
-            self.flusher.flush(NUDGED_SECONDS)
+            self.flusher.flush(NUDGED_SECONDS, lambda: time.monotonic() > self._flushes_until)
         else:
             self._send_flush()
 
     def close(self, timeout: float = 1.0) -> None:
-        """Sends a nudge that is due."""
+        """Sends a nudge that is due; a flush that runs ends, and leaves no lease behind."""
+        self._flushes_until = time.monotonic() + timeout / 2
         self._nudger.close(timeout)
 
 

@@ -85,8 +85,21 @@ def blocking(function: Callable[..., T], *args: Any) -> T:
     hub = _gevent_hub()
     if hub is None:
         return function(*args)
-    result: T = hub.threadpool.apply(function, args)
+    result: T
+    result, error = hub.threadpool.apply(_attempt, (function, args))
+    if error is not None:
+        raise error
     return result
+
+
+def _attempt(
+    function: Callable[..., T], args: tuple[Any, ...]
+) -> tuple[T | None, Exception | None]:
+    """Returns what is raised: gevent writes all that its threads raise to stderr."""
+    try:
+        return function(*args), None
+    except Exception as error:
+        return None, error
 
 
 class NativeEvent:

@@ -117,6 +117,11 @@ class Bank(Stack):
         count: int = self.api(f"STREAM.INFO.{self.names.stream_name}")["state"]["last_seq"]
         return count
 
+    def rows(self) -> Counter[str]:
+        """How many rows of the outbox have each status."""
+        with self.engine.connect() as connection:
+            return Counter(connection.scalars(text("SELECT status FROM jetstream_outbox")))
+
     def publish_again(self, event_id: str, event_type: str, **payload: Any) -> None:
         """Another message with the same event: its ``Nats-Msg-Id`` is not the event's."""
         subject = f"{self.names.destination_app}.sync.{self.names.app_name}"

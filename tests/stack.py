@@ -37,11 +37,19 @@ in_both_modes_soak = pytest.mark.parametrize(
 class CeleryProcess:
     """One ``celery -A … …`` of a test: ends with it, by its own process id."""
 
-    def __init__(self, log: Path, command: list[str], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        log: Path,
+        command: list[str],
+        environment: Mapping[str, str],
+        *,
+        stdin: int | None = None,
+    ) -> None:
         self.log = log
         with log.open("ab") as output:
             self.process = subprocess.Popen(
                 command,
+                stdin=stdin,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **environment},
