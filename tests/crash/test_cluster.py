@@ -1,0 +1,155 @@
+"""A cluster of three, one of which is killed, frozen or restarted under load.
+
+Publishing and consuming go on all the while. After each fault: what was acked is not lost, no
+effect doubled, nothing dead, nothing left. Each fault prints its line of the table (``-s``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+
+from celery_jetstream.outcomes import PublishResult, Verdict
+from tests.banking import Bank
+from tests.clusters import NatsCluster, Node
+from tests.conftest import Names
+from tests.crash import faults
+from tests.crash.traffic import PATIENCE, Traffic
+from tests.servers import PostgresServer, RedisServer, need, wait_until
+from tests.stack import CeleryProcess, in_both_modes_soak
+
+pytestmark = pytest.mark.timeout(300)
+
+#: Seconds that a node is away: longer than an election.
+AWAY = 7.0
+
+Find = Callable[["Side"], Node]
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[NatsCluster]:
+    need("nats")
+    with NatsCluster(tmp_path / "nats") as cluster:
+        yield cluster
+
+
+class Side:
+    """What the tests ask for: the cluster, the bank in it, and the process that consumes."""
+
+    def __init__(self, cluster: NatsCluster, bank: Bank) -> None:
+        self.cluster, self.bank = cluster, bank
+        self.consuming: CeleryProcess
+        bank.start()
+        self.consuming = next(
+            p for p in bank.processes if bank.direct or "bridge is ready" in p.text()
+        )
+
+    def stream_leader(self) -> Node:
+        return self.cluster.leader_of_stream(self.bank.names.stream_name)
+
+    def consumer_leader(self) -> Node:
+        stream, app = self.bank.names.stream_name, self.bank.names.app_name
+        return self.cluster.leader_of_consumer(stream, f"{app}-workers")
+
+    def publishers_node(self) -> Node:
+        return self.cluster.node_of(os.getpid())
+
+    def consumers_node(self) -> Node:
+        return self.cluster.node_of(self.consuming.pid)
+
+    def agree(self) -> None:
+        """All three have the same stream, and nothing is in it."""
+        stream = self.bank.names.stream_name
+        wait_until(lambda: len(set(self.cluster.states(stream))) == 1, 30, "replicas that agree")
+        assert self.cluster.states(stream)[0][0] == 0
+        assert len(self.cluster.streams(self.stream_leader())[stream]["cluster"]["replicas"]) == 2
+
+
+@pytest.fixture
+def make_side(
+    tmp_path: Path,
+    cluster: NatsCluster,
+    redis_server: RedisServer,
+    postgres_server: PostgresServer,
+    names: Names,
+) -> Iterator[Callable[..., Side]]:
+    made: list[Bank] = []
+
+    def make(**settings: Any) -> Side:
+        user = f"bank_{os.getpid()}_{names.app_name.replace('-', '_')}"
+        postgres_server.create_user(user)
+        settings = {**faults.SETTINGS, "jetstream_num_replicas": 3, **settings}
+        url = postgres_server.url("postgres", user)
+        bank = Bank(tmp_path, cluster.url, redis_server.url, names, url, **settings)
+        made.append(bank)
+        return Side(cluster, bank)
+
+    yield make
+    for bank in made:
+        bank.close()
+
+
+# -- faults under load -----------------------------------------------------------------------------
+
+#: Whose node is hit; of a short run only the first.
+TARGETS: dict[str, Find] = {
+    "the stream's leader": Side.stream_leader,
+    "the consumer's leader": Side.consumer_leader,
+    "the publisher's node": Side.publishers_node,
+    "the consuming process's node": Side.consumers_node,
+}
+
+
+def killed(cluster: NatsCluster, node: Node) -> None:
+    node.kill()
+    faults.let_pass(AWAY)
+    node.start()
+    cluster.wait_current()
+
+
+def frozen(cluster: NatsCluster, node: Node) -> None:
+    node.pause()
+    faults.let_pass(AWAY)
+    node.resume()
+    cluster.wait_current()
+
+
+@in_both_modes_soak
+@pytest.mark.parametrize("hit", [killed, pytest.param(frozen, marks=pytest.mark.soak)])
+def test_one_of_three(
+    make_side: Callable[..., Side],
+    hit: Callable[[NatsCluster, Node], None],
+    rounds: int,
+    direct: bool,
+) -> None:
+    """``kill -9`` and SIGSTOP; every fourth round, for each takes an election."""
+    side = make_side(direct=direct)
+    mode = "direct" if direct else "bridge"
+    with Traffic(side.bank, side.bank.hub.publish_batch) as traffic:
+        for number in range(-(-rounds // 4)):
+            for target, find in list(TARGETS.items())[: 1 if rounds == 1 else None]:
+                node = find(side)
+                what = f"{mode}, round {number}: {hit.__name__}: {target} ({node})"
+                traffic.under(what, lambda node=node: hit(side.cluster, node))
+    traffic.right(f"{mode}, {hit.__name__}")
+    side.agree()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("direct", [False, True], ids=["bridge", "direct"])
+def test_rolling_restart(make_side: Callable[..., Side], rounds: int, direct: bool) -> None:
+    """SIGTERM to each in turn; the next when all are current."""
+    side = make_side(direct=direct)
+    with Traffic(side.bank, side.bank.hub.publish_batch) as traffic:
+        for number in range(-(-rounds // 4)):
+            what = f"{'direct' if direct else 'bridge'}, round {number}: rolling restart"
+            traffic.under(what, lambda: list(side.cluster.rolling_restart()))
+    traffic.right("rolling restart")
+    side.agree()
