@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from celery import Celery
 from sqlalchemy import text
 
-from celery_jetstream.outcomes import PublishResult, Verdict
+from celery_jetstream import JetStream
+from celery_jetstream.outcomes import PublishResult
 from tests.banking import Bank
 from tests.clusters import NatsCluster, Node
 from tests.conftest import Names
 from tests.crash import faults
-from tests.crash.traffic import PATIENCE, Traffic
+from tests.crash.traffic import Traffic
 from tests.servers import PostgresServer, RedisServer, need, wait_until
-from tests.stack import CeleryProcess, in_both_modes_soak
+from tests.stack import in_both_modes_soak
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -45,11 +46,10 @@ class Side:
 
     def __init__(self, cluster: NatsCluster, bank: Bank) -> None:
         self.cluster, self.bank = cluster, bank
-        self.consuming: CeleryProcess
+        self.publishing = os.getpid()
         bank.start()
-        self.consuming = next(
-            p for p in bank.processes if bank.direct or "bridge is ready" in p.text()
-        )
+        ready = "ready." if bank.direct else "bridge is ready"
+        (self.consuming,) = [p.pid for p in bank.processes if ready in p.text()]
 
     def stream_leader(self) -> Node:
         return self.cluster.leader_of_stream(self.bank.names.stream_name)
@@ -59,10 +59,10 @@ class Side:
         return self.cluster.leader_of_consumer(stream, f"{app}-workers")
 
     def publishers_node(self) -> Node:
-        return self.cluster.node_of(os.getpid())
+        return self.cluster.node_of(self.publishing)
 
     def consumers_node(self) -> Node:
-        return self.cluster.node_of(self.consuming.pid)
+        return self.cluster.node_of(self.consuming)
 
     def agree(self) -> None:
         """All three have the same stream, and nothing is in it."""
@@ -135,11 +135,53 @@ def test_one_of_three(
     with Traffic(side.bank, side.bank.hub.publish_batch) as traffic:
         for number in range(-(-rounds // 4)):
             for target, find in list(TARGETS.items())[: 1 if rounds == 1 else None]:
-                node = find(side)
-                what = f"{mode}, round {number}: {hit.__name__}: {target} ({node})"
-                traffic.under(what, lambda node=node: hit(side.cluster, node))
+                what = f"{mode}, round {number}: {hit.__name__}: {target}"
+                traffic.under(what, lambda find=find: hit(side.cluster, find(side)))
     traffic.right(f"{mode}, {hit.__name__}")
     side.agree()
+
+
+@pytest.mark.soak
+def test_one_of_three_and_an_outbox(make_side: Callable[..., Side], rounds: int) -> None:
+    """What was committed arrives, whoever was killed; the flusher is a process of its own."""
+    side = make_side()
+    bank, given = side.bank, side.bank.hub.config
+    settings = {
+        "jetstream_nats_urls": given.nats_urls,
+        "jetstream_stream_name": given.stream_name,
+        "jetstream_app_name": given.app_name,
+        "jetstream_destination_app": given.destination_app,
+        "jetstream_num_replicas": given.num_replicas,
+        "jetstream_database_url": bank.database_url,
+        "jetstream_outbox_nudge": False,
+    }
+    conf, ledger = json.dumps(settings), str(bank.directory / "shop")
+    command = ("jetstream", "outbox", "relay", "--interval", "0.05")
+    relay = bank.celery(*command, app="tests.apps.shop", SHOP_CONF=conf, SHOP_LEDGER=ledger)
+    side.publishing = relay.pid
+    app = Celery("writer", broker="memory://", set_as_current=False)
+    app.conf.update(settings)
+    outbox = JetStream(app).outbox
+
+    def commit(events: Sequence[dict[str, Any]]) -> list[PublishResult]:
+        with outbox.database.engine.begin() as connection:
+            event_ids = outbox.add_many(connection, events)
+        return [PublishResult(True, event_id, "", queued=True) for event_id in event_ids]
+
+    with Traffic(bank, commit) as traffic:
+        for number in range(-(-rounds // 4)):
+            for target, find in TARGETS.items():
+                what = f"outbox, round {number}: killed: {target}"
+                traffic.under(what, lambda find=find: killed(side.cluster, find(side)))
+    traffic.right("outbox, killed")
+    side.agree()
+    assert relay.stop(30) == 0
+    with outbox.database.engine.connect() as connection:
+        rows = connection.execute(
+            text("SELECT status, count(*) FROM jetstream_outbox GROUP BY status")
+        )
+        assert [tuple(row) for row in rows] == [("sent", len(traffic.acked))]
+    outbox.close()
 
 
 @pytest.mark.soak

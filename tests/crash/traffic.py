@@ -12,7 +12,6 @@ from itertools import pairwise
 from typing import Any
 
 from celery_jetstream.outcomes import PublishResult
-from celery_jetstream.testing import wait_until
 from tests.banking import Bank
 from tests.crash.faults import until
 
@@ -54,7 +53,7 @@ class Traffic:
 
     SIZE = 10
 
-    def __init__(self, bank: Bank, send: Send, *, pace: float = 0.1) -> None:
+    def __init__(self, bank: Bank, send: Send, *, pace: float = 0.3) -> None:
         self._bank, self._send, self._pace = bank, send, pace
         self._over = threading.Event()
         self._error: BaseException | None = None
@@ -97,16 +96,22 @@ class Traffic:
         for what in (self._published, self._handled):
             wanted = what() + count
             try:
-                until(lambda w=wanted, f=what: self._alive() and f() >= w, PATIENCE, f"{count} more")
+                until(
+                    lambda w=wanted, f=what: self._alive() and f() >= w, PATIENCE, f"{count} more"
+                )
             except TimeoutError as error:
                 raise AssertionError(
-                    f"{error} {what.__name__}; {len(self.failed)} failed: "
+                    f"{error}, {what.__name__}; {len(self.failed)} failed: "
                     f"{[result.error for result in self.failed[-3:]]}\n{self._bank.logs()}"
                 ) from None
 
-    def under(self, fault: str, do: Callable[[], object], *, count: int = 150) -> Line:
-        """Does it in the middle, has the traffic go on after it; prints the line for the table."""
+    def under(self, fault: str, do: Callable[[], object], *, count: int = 100) -> Line:
+        """Does it in the middle, has the traffic go on after it; prints the line for the table.
+
+        Begins without a backlog, which would hide a stall.
+        """
         self.goes_on(50)
+        until(lambda: self._handled() >= self._published() - 2 * self.SIZE, PATIENCE, "no backlog")
         began, published = time.time(), self._published()
         failed = len(self.failed)
         do()
