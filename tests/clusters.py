@@ -12,7 +12,6 @@ import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -106,12 +105,11 @@ class NatsCluster:
             for node in self.nodes:
                 stack.callback(node.kill)  # first: one by one they would elect leaders
 
-    def rolling_restart(self, timeout: float = 60) -> Iterator[Node]:
-        """SIGTERM to each in turn; yields it when it is back and all are current."""
+    def rolling_restart(self, timeout: float = 60) -> None:
+        """SIGTERM to each in turn; the next when it is back and all are current."""
         for node in self.nodes:
             node.restart(timeout=20)
             self.wait_current(timeout)
-            yield node
 
     # -- who leads ---------------------------------------------------------------------------------
 

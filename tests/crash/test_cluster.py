@@ -184,14 +184,26 @@ def test_one_of_three_and_an_outbox(make_side: Callable[..., Side], rounds: int)
     outbox.close()
 
 
+def restarted(cluster: NatsCluster) -> None:
+    cluster.rolling_restart()
+
+
+def all_killed(cluster: NatsCluster) -> None:
+    for node in cluster.nodes:
+        node.kill()
+    cluster.start()
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("direct", [False, True], ids=["bridge", "direct"])
-def test_rolling_restart(make_side: Callable[..., Side], rounds: int, direct: bool) -> None:
-    """SIGTERM to each in turn; the next when all are current."""
+def test_all_three(make_side: Callable[..., Side], rounds: int, direct: bool) -> None:
+    """SIGTERM to one after the other; ``kill -9`` to all at once."""
     side = make_side(direct=direct)
+    mode = "direct" if direct else "bridge"
     with Traffic(side.bank, side.bank.hub.publish_batch) as traffic:
         for number in range(-(-rounds // 4)):
-            what = f"{'direct' if direct else 'bridge'}, round {number}: rolling restart"
-            traffic.under(what, lambda: list(side.cluster.rolling_restart()))
-    traffic.right("rolling restart")
+            for hit in (restarted, all_killed):
+                what = f"{mode}, round {number}: {hit.__name__}"
+                traffic.under(what, lambda hit=hit: hit(side.cluster))
+    traffic.right(f"{mode}, all three")
     side.agree()
