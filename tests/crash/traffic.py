@@ -1,4 +1,7 @@
-"""Events published all the while, by a thread, and the account of what became of them."""
+"""Events published all the while, by a thread, and the account of what became of them.
+
+Not many more are published than are handled: a backlog would hide that nothing is delivered.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,10 @@ Send = Callable[[Sequence[dict[str, Any]]], Iterable[PublishResult]]
 
 @dataclass
 class Line:
-    """One fault in the table; ``str()`` prints it. Stalls are seconds without any end."""
+    """One fault in the table; ``str()`` prints it.
+
+    Stalls in seconds: the longest call that published, and the longest time without an effect.
+    """
 
     fault: str
     published: int
@@ -48,18 +54,23 @@ class Traffic:
     Args:
         bank: whose handlers have the effects.
         send: publishes events (``event_type`` and ``payload``); a result for each, in order.
-        pace: seconds between two batches.
     """
 
     SIZE = 10
+    #: Seconds between two batches.
+    PACE = 0.1
+    #: So many are on their way before the next batch waits.
+    MOST = 100
 
-    def __init__(self, bank: Bank, send: Send, *, pace: float = 0.3) -> None:
-        self._bank, self._send, self._pace = bank, send, pace
+    def __init__(self, bank: Bank, send: Send) -> None:
+        self._bank, self._send = bank, send
         self._over = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="traffic", daemon=True)
+        self._lock = threading.Lock()
         self._ledger, self._read_so_far = list[float](), 0
-        self.acked: dict[str, float] = {}
+        self._calls: list[tuple[float, float]] = []
+        self.acked: set[str] = set()
         self.failed: list[PublishResult] = []
 
     def __enter__(self) -> Traffic:
@@ -76,16 +87,19 @@ class Traffic:
     def _run(self) -> None:
         number = 0
         try:
-            while not self._over.wait(self._pace):
+            while not self._over.wait(self.PACE):
+                if len(self.acked) - self._handled() > self.MOST:
+                    continue
+                began = time.time()
                 batch = range(number, number + self.SIZE)
                 number += self.SIZE
                 results = self._send(
                     [{"event_type": "paid.load", "payload": {"id": n}} for n in batch]
                 )
-                now = time.time()
+                self._calls.append((began, time.time()))
                 for result in results:
                     if result.success:
-                        self.acked[result.event_id] = now
+                        self.acked.add(result.event_id)
                     else:
                         self.failed.append(result)
         except BaseException as error:
@@ -106,12 +120,8 @@ class Traffic:
                 ) from None
 
     def under(self, fault: str, do: Callable[[], object], *, count: int = 100) -> Line:
-        """Does it in the middle, has the traffic go on after it; prints the line for the table.
-
-        Begins without a backlog, which would hide a stall.
-        """
+        """Does it in the middle, has the traffic go on after it; prints the line for the table."""
         self.goes_on(50)
-        until(lambda: self._handled() >= self._published() - 2 * self.SIZE, PATIENCE, "no backlog")
         began, published = time.time(), self._published()
         failed = len(self.failed)
         do()
@@ -124,7 +134,7 @@ class Traffic:
             published=acked + failed,
             acked=acked,
             failed=failed,
-            publish_stall=_longest(self.acked.values(), began, ended),
+            publish_stall=max(after - before for before, after in self._calls if after > began),
             effect_stall=_longest(self._handled_at(), began, ended),
             seconds=ended - began,
         )
@@ -136,7 +146,7 @@ class Traffic:
 
         What was reported failed may have been stored all the same: then it has one effect too.
         """
-        bank, acked = self._bank, set(self.acked)
+        bank, acked = self._bank, self.acked
         may_be = {result.event_id for result in self.failed}
         bank.wait_effects(list(acked), PATIENCE)
         effects = bank.effects()
@@ -171,18 +181,19 @@ class Traffic:
     def _handled_at(self) -> list[float]:
         """When runs ended, by the ledger; asked often, so each line is read once."""
         file = self._bank.ledger_file
-        if file.exists():
-            with file.open("rb") as ledger:
-                ledger.seek(self._read_so_far)
-                new = ledger.read()
-            new = new[: new.rfind(b"\n") + 1]
-            self._read_so_far += len(new)
-            lines = map(json.loads, new.splitlines())
-            self._ledger += [line["at"] for line in lines if line["what"] == "handled"]
-        return self._ledger
+        with self._lock:
+            if file.exists():
+                with file.open("rb") as ledger:
+                    ledger.seek(self._read_so_far)
+                    new = ledger.read()
+                new = new[: new.rfind(b"\n") + 1]
+                self._read_so_far += len(new)
+                lines = map(json.loads, new.splitlines())
+                self._ledger += [line["at"] for line in lines if line["what"] == "handled"]
+            return self._ledger
 
 
 def _longest(times: Iterable[float], began: float, ended: float) -> float:
     """The longest time in a span in which nothing came to its end, in seconds."""
-    within = sorted(at for at in list(times) if began <= at <= ended)
+    within = sorted(at for at in times if began <= at <= ended)
     return max(later - earlier for earlier, later in pairwise([began, *within, ended]))

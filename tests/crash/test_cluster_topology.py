@@ -86,6 +86,7 @@ def test_provisioning_waits_for_a_cluster_that_is_starting(
     whole(cluster, names, 1)
 
 
+@pytest.mark.soak
 def test_provisioning_while_a_server_is_down(
     cluster: NatsCluster, make_app: MakeApp, names: Names
 ) -> None:
@@ -100,6 +101,7 @@ def test_provisioning_while_a_server_is_down(
     whole(cluster, names, 1)
 
 
+@pytest.mark.soak
 def test_provisioning_while_a_leader_is_elected(
     cluster: NatsCluster, make_app: MakeApp, names: Names
 ) -> None:
