@@ -60,7 +60,7 @@ class Traffic:
     #: Seconds between two batches.
     PACE = 0.1
     #: So many are on their way before the next batch waits.
-    MOST = 100
+    MOST = 30
 
     def __init__(self, bank: Bank, send: Send) -> None:
         self._bank, self._send = bank, send
