@@ -115,8 +115,9 @@ class Traffic:
                 )
             except TimeoutError as error:
                 raise AssertionError(
-                    f"{error}, {what.__name__}; {len(self.failed)} failed: "
-                    f"{[result.error for result in self.failed[-3:]]}\n{self._bank.logs()}"
+                    f"{error}: {self._published()} acked, {self._handled()} handled, "
+                    f"{len(self.failed)} failed: {[result.error for result in self.failed[-3:]]}\n"
+                    f"{self._bank.logs()}"
                 ) from None
 
     def under(self, fault: str, do: Callable[[], object], *, count: int = 100) -> Line:
