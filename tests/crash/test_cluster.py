@@ -161,7 +161,8 @@ def test_one_of_three_and_an_outbox(make_side: Callable[..., Side], rounds: int)
     side.publishing = relay.pid
     app = Celery("writer", broker="memory://", set_as_current=False)
     app.conf.update(settings)
-    outbox = JetStream(app).outbox
+    writer = JetStream(app)
+    outbox = writer.outbox
 
     def commit(events: Sequence[dict[str, Any]]) -> list[PublishResult]:
         with outbox.database.engine.begin() as connection:
@@ -181,7 +182,7 @@ def test_one_of_three_and_an_outbox(make_side: Callable[..., Side], rounds: int)
             text("SELECT status, count(*) FROM jetstream_outbox GROUP BY status")
         )
         assert [tuple(row) for row in rows] == [("sent", len(traffic.acked))]
-    outbox.close()
+    writer.close()
 
 
 def restarted(cluster: NatsCluster) -> None:
