@@ -47,6 +47,8 @@ PUBLISH_TIMEOUT = 15.0
 SEND_GRACE = 5.0
 #: Seconds between two looks at the topology because a stream was missing.
 ENSURE_INTERVAL = 2.0
+#: Seconds that whoever found it missing waits for that.
+ENSURE_PATIENCE = 1.0
 
 FLUSH, PRUNE = "celery_jetstream.flush_outbox", "celery_jetstream.prune_outbox"
 PRUNE_INBOX = "celery_jetstream.prune_inbox"
@@ -82,6 +84,7 @@ class JetStream:
         self._lock = threading.Lock()
         self._runtime: Runtime | None = None
         self._ensured = 0.0
+        self._ensuring: asyncio.Task[None] | None = None
         app.jetstream = self
         app.steps["worker"].add(CheckSettings)
         app.steps["consumer"].add(HandBack)
@@ -346,14 +349,25 @@ class JetStream:
         return self.connection.run(self._plan if dry_run else self._ensure)
 
     async def ensure_topology(self) -> None:
-        """Makes sure again because something was missing; at most every 2 s. Loop thread.
+        """Makes sure again because something was missing; begins at most every 2 s. Loop thread.
+
+        Returns when that is done, or after a second; then it goes on by itself. In an election
+        JetStream's API answers nobody, and what was missing is often there before it does.
 
         Does nothing with ``auto_provision`` off. Trouble is logged, not raised: whoever found the
         stream missing tries on.
         """
-        if not self.config.auto_provision or time.monotonic() - self._ensured < ENSURE_INTERVAL:
+        if not self.config.auto_provision:
             return
-        self._ensured = time.monotonic()
+        now, loop, task = time.monotonic(), asyncio.get_running_loop(), self._ensuring
+        foreign = task is None or task.get_loop() is not loop  # a closed connection's, a parent's
+        if task is None or foreign or (task.done() and now - self._ensured >= ENSURE_INTERVAL):
+            self._ensured = now
+            self._ensuring = task = loop.create_task(self._ensure_again())
+        if not task.done():
+            await asyncio.wait([task], timeout=ENSURE_PATIENCE)
+
+    async def _ensure_again(self) -> None:
         try:
             await self._ensure()
         except Exception as error:

@@ -28,8 +28,9 @@ __all__ = ("Message", "PublishResult", "Publisher")
 
 logger = logging.getLogger(__name__)
 
-#: Seconds that one attempt waits for the answers of one window.
-ATTEMPT_TIMEOUT = 5.0
+#: Seconds that one attempt waits for the answers of one window. A cluster whose leader hangs elects
+#: another in 4 to 5 s: that long and it would be missed by a little, and waited for once more.
+ATTEMPT_TIMEOUT = 3.0
 RETRY_DELAY = (0.1, 2.0)
 #: Seconds to wait for what the stream is like.
 ASK_TIMEOUT = 2.0

@@ -64,6 +64,7 @@ _ATOMIC = ("stream", "allow_atomic")
 _FILTER_TAKEN = frozenset({10099, 10100})
 _ADVICE = {
     503: "nobody answers: JetStream is not enabled on this server; start it with -js",
+    10005: "jetstream_num_replicas is more than the cluster has servers with room for the stream",
     10039: "JetStream is not enabled for this account: let the server's configuration say "
     "'jetstream: enabled' for the account that we log in to",
     10074: "jetstream_num_replicas above 1 needs a cluster",

@@ -148,6 +148,7 @@ class Stack:
         common = {
             "jetstream_nats_urls": nats_url,
             "jetstream_stream_name": names.stream_name,
+            "jetstream_num_replicas": settings.get("jetstream_num_replicas"),
         }
         app = Celery("hub", broker="memory://", set_as_current=False)
         app.conf.update(

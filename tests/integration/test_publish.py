@@ -383,6 +383,34 @@ def test_a_stream_deleted_under_us_is_made_again(publish: Publishing) -> None:
     assert publish(), "made again, and the event stored"
 
 
+def test_a_publish_does_not_wait_for_an_api_that_answers_nobody(
+    names: Names, make_publishing: Callable[..., Publishing]
+) -> None:
+    """As in an election: asked for its configuration, the stream is silent; then it is there."""
+    need("nats")
+    config = (
+        "authorization { users: [{user: admin, password: pw}, {user: us, password: pw, "
+        'permissions: {publish: {deny: ["$JS.API.>"]}}}] }'
+    )
+    with NatsServer(config=config) as server:
+        admin, publish = (
+            make_publishing(f"nats://{user}:pw@127.0.0.1:{server.port}") for user in ("admin", "us")
+        )
+        connection = publish.jetstream.connection
+        session = connection.run(connection.session)
+
+        def elect() -> None:
+            wait_until(lambda: session.denied, 10, "the stream's configuration to be asked for")
+            admin.jetstream.provision()
+
+        thread = threading.Thread(target=elect)
+        thread.start()
+        start = time.monotonic()
+        assert publish(timeout=15)
+        assert time.monotonic() - start < 10, "it waited until it had given up asking"
+        thread.join()
+
+
 @pytest.fixture
 def deaf_server(names: Names) -> Iterator[NatsServer]:
     """Takes our publishes and never answers them: a permission denied is silence to a client."""
