@@ -42,6 +42,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--rounds", type=int, default=1, help="how often each crash test does what it does"
     )
+    chaos = parser.getgroup("chaos", "tests/crash/test_chaos.py")
+    chaos.addoption("--seed", type=int, help="of the first round; default: any")
+    chaos.addoption("--volleys", type=int, help="faults, or several at once, in each round")
+    chaos.addoption("--chaos-report", metavar="FILE", help="what came of it, as JSON")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    from tests.crash.chaos.report import say
+
+    say(terminalreporter, config.getoption("--chaos-report"))
 
 
 @pytest.hookimpl(trylast=True)

@@ -1,0 +1,315 @@
+"""The chain that is broken: writers, an outbox and who flushes it, JetStream, bridge, workers.
+
+Every part is a real process, and every server is this run's own.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import redis
+from sqlalchemy import Engine, NullPool, create_engine, text
+from sqlalchemy.exc import SQLAlchemyError
+
+from celery_jetstream.exceptions import NotConnectedError
+from celery_jetstream.schema import create_inbox, create_outbox
+from celery_jetstream.testing import NatsServer
+from tests.conftest import Names
+from tests.crash.chaos.account import DeadLetter, Found
+from tests.crash.chaos.services import Service, left_of
+from tests.servers import PostgresServer, RedisServer
+from tests.stack import ROOT, WORKER, CeleryProcess, Stack
+
+__all__ = ("Chain", "Servers", "running_chain", "running_servers")
+
+#: The shop's writers, and the seconds between two transactions of one.
+WRITERS, PACE = 2, 0.08
+#: Short, so that what was lost comes again soon; a standstill is often longer than ack_wait.
+BANK = {
+    "jetstream_ack_wait": 3,
+    "jetstream_lease": 15,
+    "jetstream_backoff": [0.2, 1],
+    "jetstream_inbox_lease": 5,
+    "jetstream_outbox_nudge": False,
+}
+SHOP = {
+    "jetstream_outbox_lease": 2,
+    "jetstream_outbox_flush_interval": 1,
+    "jetstream_outbox_batch_size": 20,
+}
+CELERY = {
+    "task_ignore_result": True,
+    "broker_connection_retry_on_startup": True,
+    "worker_cancel_long_running_tasks_on_connection_loss": False,
+    "worker_lost_wait": 1,
+    "broker_transport_options": {"visibility_timeout": 20},
+}
+#: Seconds that whatever is told to stop may take. Celery's own prefork worker may need 32.
+STOP = 45.0
+
+
+class Servers:
+    """Those of one run; by the names that the report has for them."""
+
+    def __init__(self, nats: NatsServer, redis: RedisServer, postgres: PostgresServer) -> None:
+        self.nats, self.redis, self.postgres = nats, redis, postgres
+        self.by_name = {"nats-server": nats, "Redis": redis, "PostgreSQL": postgres}
+
+    def heal(self) -> None:
+        """All of them run, and answer."""
+        for server in self.by_name.values():
+            if server.running and server._paused:
+                server.resume()
+            server.start()
+
+
+@contextmanager
+def running_servers() -> Iterator[Servers]:
+    with (
+        NatsServer() as nats,
+        RedisServer() as redis_server,
+        PostgresServer(fsync=False) as postgres,  # no machine crashes here
+    ):
+        yield Servers(nats, redis_server, postgres)
+
+
+class Chain(Stack):
+    """All processes, and the account of what became of the events.
+
+    Args:
+        directory: for logs.
+        servers: running.
+        direct: workers take their messages from JetStream themselves.
+    """
+
+    def __init__(self, directory: Path, servers: Servers, *, direct: bool) -> None:
+        suffix = uuid.uuid4().hex[:8]
+        names = Names(f"bank-{suffix}", f"shop-{suffix}", f"stream-{suffix}")
+        servers.postgres.create_database("bank")
+        servers.postgres.create_database("shop")
+        super().__init__(
+            directory,
+            servers.nats.url,
+            servers.redis.url,
+            names,
+            direct=direct,
+            jetstream_database_url=servers.postgres.url("bank"),
+            **{**CELERY, **BANK},
+        )
+        self.servers = servers
+        self.mark = f"CHAOS_RUN={suffix}"
+        self.points = directory / "points"
+        self.points.mkdir()
+        self.shop = {
+            "jetstream_nats_urls": servers.nats.url,
+            "jetstream_stream_name": names.stream_name,
+            "jetstream_app_name": names.destination_app,
+            "jetstream_destination_app": names.app_name,
+            **CELERY,
+            **SHOP,
+            "broker_url": servers.redis.url,
+            "task_default_queue": f"shop-{suffix}",
+            "jetstream_database_url": servers.postgres.url("shop"),
+        }
+        self._make_tables()
+        self.services: list[Service] = []
+
+    @property
+    def environment(self) -> dict[str, str]:
+        name, _, value = self.mark.partition("=")
+        return {
+            name: value,
+            "CHAOS_BANK": json.dumps(self.settings),
+            "CHAOS_SHOP": json.dumps(self.shop),
+            "CHAOS_POINTS": str(self.points),
+            "PYTHONPATH": str(ROOT),
+        }
+
+    def _make_tables(self) -> None:
+        with self.engines["shop"].begin() as connection:
+            create_outbox(connection)
+            connection.execute(
+                text(
+                    "CREATE TABLE orders (event_id TEXT PRIMARY KEY, kind TEXT NOT NULL, "
+                    "at TIMESTAMPTZ NOT NULL DEFAULT clock_timestamp())"
+                )
+            )
+        with self.engines["bank"].begin() as connection:
+            create_inbox(connection)
+            create_outbox(connection)
+            connection.execute(
+                text(
+                    "CREATE TABLE effects (id SERIAL PRIMARY KEY, event_id TEXT NOT NULL, "
+                    "sequence BIGINT NOT NULL, num_delivered INTEGER NOT NULL, "
+                    "at TIMESTAMPTZ NOT NULL DEFAULT clock_timestamp())"
+                )
+            )
+        self.hub.provision()
+
+    @cached_property
+    def engines(self) -> dict[str, Engine]:
+        return {
+            name: create_engine(
+                self.servers.postgres.url(name),
+                poolclass=NullPool,
+                connect_args={"connect_timeout": 2},
+            )
+            for name in ("shop", "bank")
+        }
+
+    # -- processes -------------------------------------------------------------------------------
+
+    def start_all(self) -> None:
+        """Each is started again from now on when it ends, by :meth:`look`."""
+        workers, bridges = 2, 0 if self.direct else 1
+        self.services = [
+            *(Service("worker", self._worker, "ready.") for _ in range(workers)),
+            *(Service("bridge", self._bridge, "bridge is ready") for _ in range(bridges)),
+            Service("flusher", self._flusher, "ready.", whole=self.direct),
+            *(Service("writer", partial(self._writer, n), "writing") for n in range(WRITERS)),
+        ]
+        if not self.direct:
+            self.services.append(Service("beat", self._beat, "beat: Starting"))
+
+    def _named(self, what: str) -> str:
+        return f"{what}{len(self._processes)}"
+
+    def _worker(self) -> CeleryProcess:
+        command = ("jetstream", *WORKER) if self.direct else WORKER
+        name = self._named("w")
+        return self.celery(*command, "-c", "2", "-n", f"{name}@%h", app="tests.apps.chaos_bank")
+
+    def _bridge(self) -> CeleryProcess:
+        return self.celery("jetstream", "bridge", app="tests.apps.chaos_bank")
+
+    def _flusher(self) -> CeleryProcess:
+        """In direct mode with its beat, as ``worker -B``."""
+        name = self._named("f")
+        beat = ("-B", "-s", str(self.directory / "schedule")) if self.direct else ()
+        return self.celery(
+            *(*WORKER, "-c", "2", "-n", f"{name}@%h", *beat), app="tests.apps.chaos_shop"
+        )
+
+    def _beat(self) -> CeleryProcess:
+        schedule = str(self.directory / "schedule")
+        return self.celery(
+            "beat", "-l", "INFO", "-s", schedule, "--pidfile=", app="tests.apps.chaos_shop"
+        )
+
+    def _writer(self, number: int) -> CeleryProcess:
+        """Another name each time: its numbers begin anew."""
+        name = self._named(f"writer{number}x")
+        command = [sys.executable, "-m", "tests.apps.chaos_shop", name, str(PACE)]
+        process = CeleryProcess(self.directory / f"{name}.log", command, self.environment)
+        self._processes.append(process)
+        return process
+
+    def of(self, name: str) -> list[Service]:
+        return [service for service in self.services if service.name == name]
+
+    def look(self) -> None:
+        """What a process manager does."""
+        for service in self.services:
+            service.look()
+
+    def all_ready(self) -> bool:
+        return all(service.is_ready for service in self.services)
+
+    def stop(self, *names: str) -> list[str]:
+        """SIGTERM to all of these at once; returns what did not end in time, and kills it."""
+        stopped = [service for name in names for service in self.of(name)]
+        for service in stopped:
+            service.stop()
+        deadline = time.monotonic() + STOP
+        late = [service.name for service in stopped if not service.wait(deadline)]
+        return [f"the {name} did not end in {STOP:g} s" for name in late]
+
+    def close(self) -> None:
+        super().close()
+        for engine in self.engines.values():
+            engine.dispose()
+
+    def left_running(self) -> list[str]:
+        """Processes of this run that are there."""
+        return left_of(self.mark)
+
+    # -- what happened ---------------------------------------------------------------------------
+
+    def effects_so_far(self) -> int:
+        """Cheap, for it is asked often; -1 where the database does not answer."""
+        try:
+            return int(self._scalar("bank", "SELECT coalesce(max(id), 0) FROM effects"))
+        except SQLAlchemyError:
+            return -1
+
+    def moments(self, table: str) -> list[tuple[str, float]]:
+        """The events of orders or effects, and when: seconds since 1970, oldest first."""
+        database = "shop" if table == "orders" else "bank"
+        query = f"SELECT event_id, extract(epoch FROM at) FROM {table} ORDER BY at"
+        return [(event_id, float(at)) for event_id, at in self._rows(database, query)]
+
+    def found(self) -> Found | None:
+        """All that there is; None where a server does not answer."""
+        try:
+            return self._found()
+        except (SQLAlchemyError, NotConnectedError, redis.RedisError, KeyError):
+            return None
+
+    def _found(self) -> Found:
+        outbox = "SELECT event_id, status FROM jetstream_outbox"
+        leased = "SELECT count(*) FROM jetstream_outbox_buckets WHERE until > now()"
+        consumer = self.consumer()
+        return Found(
+            orders=dict(self._rows("shop", "SELECT event_id, kind FROM orders")),
+            outbox=dict(self._rows("shop", outbox)),
+            effects=Counter(e for (e,) in self._rows("bank", "SELECT event_id FROM effects")),
+            inbox=dict(self._rows("bank", "SELECT event_id, status FROM jetstream_inbox")),
+            passed_on={event_id for event_id, _ in self._rows("bank", outbox)},
+            dead=[
+                DeadLetter(
+                    letter["context"]["event_id"],
+                    letter["reason"],
+                    letter["context"]["stream_sequence"],
+                )
+                for letter in self.dead_letters()
+            ],
+            leases=self._scalar("shop", leased),
+            holds=self._scalar("shop", "SELECT count(*) FROM jetstream_outbox_holds"),
+            stored=self.left(),
+            consumer={name: consumer[name] for name in ("num_pending", "num_ack_pending")},
+            queues=self._queues(),
+        )
+
+    def _queues(self) -> dict[str, int]:
+        """The lists of all queues, and what is not acknowledged."""
+        with redis.Redis.from_url(self.servers.redis.url, socket_timeout=2) as client:
+            queues = (self.settings["task_default_queue"], self.shop["task_default_queue"])
+            lengths = {queue: int(client.llen(queue)) for queue in queues}
+            return {name: length for name, length in lengths.items() if length}
+
+    def _rows(self, database: str, query: str) -> list[Any]:
+        with self.engines[database].connect() as connection:
+            return [tuple(row) for row in connection.execute(text(query))]
+
+    def _scalar(self, database: str, query: str) -> Any:
+        return self._rows(database, query)[0][0]
+
+
+@contextmanager
+def running_chain(directory: Path, *, direct: bool) -> Iterator[Chain]:
+    """A chain with its servers; all of it ends with the block."""
+    with ExitStack() as stack:
+        servers = stack.enter_context(running_servers())
+        chain = Chain(directory, servers, direct=direct)
+        stack.callback(chain.close)
+        stack.callback(servers.heal)
+        yield chain
