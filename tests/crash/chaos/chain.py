@@ -32,7 +32,7 @@ from tests.stack import ROOT, WORKER, CeleryProcess, Stack
 __all__ = ("Chain", "Servers", "running_chain", "running_servers")
 
 #: The shop's writers, and the seconds between two transactions of one.
-WRITERS, PACE = 2, 0.08
+WRITERS, PACE = 2, 0.15
 #: Short, so that what was lost comes again soon; a standstill is often longer than ack_wait.
 BANK = {
     "jetstream_ack_wait": 3,

@@ -90,7 +90,7 @@ class Injector:
             signals.append(signal.SIGCONT)
             with contextlib.suppress(ProcessLookupError):
                 (os.killpg if group else os.kill)(process.pid, signal.SIGCONT)
-        elif number == signal.SIGTERM:
+        elif number in (signal.SIGTERM, signal.SIGQUIT):
             yield fault.lasts, lambda: process.poll() is not None
             if process.poll() is None:
                 if fault.lasts >= 45:

@@ -127,6 +127,7 @@ class _Run:
         start = time.monotonic()
         result.found = self._wait_quiet()
         result.quiet_after = time.monotonic() - start
+        self._say(f"{self._clock} quiet")
         result.written, result.effects = chain.moments("orders"), chain.moments("effects")
         result.violations += account.violations(result.found)
         result.violations += chain.stop("bridge", "worker", "flusher", "beat")
@@ -139,12 +140,17 @@ class _Run:
     def _wait_quiet(self) -> Found:
         """Until nothing is left to be done; what there is, then or at the deadline."""
         found: Found | None = None
+        said = time.monotonic()
 
         def quiet() -> bool:
-            nonlocal found
+            nonlocal found, said
             self._chain.look()
             found = self._chain.found()
-            return found is not None and not account.unquiet(found)
+            left = account.unquiet(found) if found else ["a server that does not answer"]
+            if time.monotonic() - said > 5:
+                said = time.monotonic()
+                self._say(f"{self._clock} not quiet yet: {', '.join(left)}")
+            return not left
 
         try:
             until(quiet, QUIET, "quiet")

@@ -21,8 +21,8 @@ class Fault:
         how: a signal's name; "FLUSHALL", "restart"; or "at" a named point.
         what: a process, a server, or the point.
         after: seconds from the volley's beginning.
-        lasts: seconds of a standstill or of a server's absence; with SIGTERM to a process, until
-            SIGKILL follows.
+        lasts: seconds of a standstill or of a server's absence; with SIGTERM (or SIGQUIT, Celery's
+            cold shutdown) to a process, until SIGKILL follows.
         which: from 0 to 1, one of several processes.
     """
 
@@ -58,6 +58,7 @@ _WORKERS = ("worker", "worker with children", "flusher", "flusher with children"
 BOTH = (
     *((how, what) for how in _SIGNALS for what in (*_WORKERS, "child", "nats-server")),
     *(("SIGKILL", "flusher's child"), ("SIGSTOP", "flusher's child"), ("SIGKILL", "writer")),
+    ("SIGQUIT", "worker"),
     *(("SIGKILL", "Redis"), ("SIGSTOP", "Redis"), ("FLUSHALL", "Redis")),
     *(("SIGKILL", "PostgreSQL"), ("SIGSTOP", "PostgreSQL"), ("restart", "PostgreSQL")),
 )
@@ -121,6 +122,6 @@ def _volleys(dice: random.Random, drawn: Iterator[tuple[str, str]]) -> Iterator[
 
 def _fault(dice: random.Random, how: str, what: str, after: float) -> Fault:
     lasts = dice.uniform(0.3, 6) if how == "SIGSTOP" else dice.choice((0.0, dice.uniform(0, 4)))
-    if how == "SIGTERM":
+    if how in ("SIGTERM", "SIGQUIT"):
         lasts = dice.choice((10.0, 45.0))
     return Fault(how, what, round(after, 2), round(lasts, 2), round(dice.random(), 2))

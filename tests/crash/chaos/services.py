@@ -36,7 +36,7 @@ class End:
 
         One that is not ready yet may be ended by SIGTERM itself, or give up: its server is away.
         """
-        if signal.SIGKILL in self.signals or self.status == 0:
+        if self.status == 0 or {signal.SIGKILL, signal.SIGQUIT} & set(self.signals):
             return None
         if signal.SIGTERM in self.signals:
             early = self.status == -signal.SIGTERM and not self.was_ready
