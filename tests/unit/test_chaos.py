@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.crash.chaos.account import DeadLetter, Found, violations
-from tests.crash.chaos.report import account_of, rows_of, table
+from tests.crash.chaos.report import account_of, rows_of, slowest, table
 from tests.crash.chaos.run import Firing, Result
 from tests.crash.chaos.schedule import Fault, plan, ways
 from tests.crash.chaos.services import End
@@ -142,6 +142,10 @@ def test_a_stall_is_the_longest_time_without_an_effect() -> None:
     assert kill["stall"] == 1.5
     assert kill["stall_with_others"] == stop["stall_with_others"] == 5.0
     assert stop["stall"] == 0
+
+
+def test_a_handler_that_stood_still_shows_in_the_slowest_events() -> None:
+    assert slowest(ran(), 1) == [(2.5, "b", "paid.order")]
 
 
 def test_rounds_add_up_in_one_table() -> None:

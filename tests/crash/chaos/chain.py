@@ -9,27 +9,20 @@ import json
 import sys
 import time
 import uuid
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
-import redis
 from sqlalchemy import Engine, NullPool, create_engine, text
-from sqlalchemy.exc import SQLAlchemyError
 
-from celery_jetstream.exceptions import NotConnectedError
 from celery_jetstream.schema import create_inbox, create_outbox
-from celery_jetstream.testing import NatsServer
 from tests.conftest import Names
-from tests.crash.chaos.account import DeadLetter, Found
+from tests.crash.chaos.own_servers import Servers, running_servers
 from tests.crash.chaos.services import Service, left_of
-from tests.servers import PostgresServer, RedisServer
 from tests.stack import ROOT, WORKER, CeleryProcess, Stack
 
-__all__ = ("Chain", "Servers", "running_chain", "running_servers")
+__all__ = ("Chain", "running_chain")
 
 #: The shop's writers, and the seconds between two transactions of one.
 WRITERS, PACE = 2, 0.15
@@ -57,33 +50,8 @@ CELERY = {
 STOP = 45.0
 
 
-class Servers:
-    """Those of one run; by the names that the report has for them."""
-
-    def __init__(self, nats: NatsServer, redis: RedisServer, postgres: PostgresServer) -> None:
-        self.nats, self.redis, self.postgres = nats, redis, postgres
-        self.by_name = {"nats-server": nats, "Redis": redis, "PostgreSQL": postgres}
-
-    def heal(self) -> None:
-        """All of them run, and answer."""
-        for server in self.by_name.values():
-            if server.running and server._paused:
-                server.resume()
-            server.start()
-
-
-@contextmanager
-def running_servers() -> Iterator[Servers]:
-    with (
-        NatsServer() as nats,
-        RedisServer() as redis_server,
-        PostgresServer(fsync=False) as postgres,  # no machine crashes here
-    ):
-        yield Servers(nats, redis_server, postgres)
-
-
 class Chain(Stack):
-    """All processes, and the account of what became of the events.
+    """All processes, and the tables.
 
     Args:
         directory: for logs.
@@ -241,67 +209,6 @@ class Chain(Stack):
     def left_running(self) -> list[str]:
         """Processes of this run that are there."""
         return left_of(self.mark)
-
-    # -- what happened ---------------------------------------------------------------------------
-
-    def effects_so_far(self) -> int:
-        """Cheap, for it is asked often; -1 where the database does not answer."""
-        try:
-            return int(self._scalar("bank", "SELECT coalesce(max(id), 0) FROM effects"))
-        except SQLAlchemyError:
-            return -1
-
-    def moments(self, table: str) -> list[tuple[str, float]]:
-        """The events of orders or effects, and when: seconds since 1970, oldest first."""
-        database = "shop" if table == "orders" else "bank"
-        query = f"SELECT event_id, extract(epoch FROM at) FROM {table} ORDER BY at"
-        return [(event_id, float(at)) for event_id, at in self._rows(database, query)]
-
-    def found(self) -> Found | None:
-        """All that there is; None where a server does not answer."""
-        try:
-            return self._found()
-        except (SQLAlchemyError, NotConnectedError, redis.RedisError, KeyError):
-            return None
-
-    def _found(self) -> Found:
-        outbox = "SELECT event_id, status FROM jetstream_outbox"
-        leased = "SELECT count(*) FROM jetstream_outbox_buckets WHERE until > now()"
-        consumer = self.consumer()
-        return Found(
-            orders=dict(self._rows("shop", "SELECT event_id, kind FROM orders")),
-            outbox=dict(self._rows("shop", outbox)),
-            effects=Counter(e for (e,) in self._rows("bank", "SELECT event_id FROM effects")),
-            inbox=dict(self._rows("bank", "SELECT event_id, status FROM jetstream_inbox")),
-            passed_on={event_id for event_id, _ in self._rows("bank", outbox)},
-            dead=[
-                DeadLetter(
-                    letter["context"]["event_id"],
-                    letter["reason"],
-                    letter["context"]["stream_sequence"],
-                )
-                for letter in self.dead_letters()
-            ],
-            leases=self._scalar("shop", leased),
-            holds=self._scalar("shop", "SELECT count(*) FROM jetstream_outbox_holds"),
-            stored=self.left(),
-            consumer={name: consumer[name] for name in ("num_pending", "num_ack_pending")},
-            queues=self._queues(),
-        )
-
-    def _queues(self) -> dict[str, int]:
-        """The lists of all queues, and what is not acknowledged."""
-        with redis.Redis.from_url(self.servers.redis.url, socket_timeout=2) as client:
-            queues = (self.settings["task_default_queue"], self.shop["task_default_queue"])
-            lengths = {queue: int(client.llen(queue)) for queue in queues}
-            return {name: length for name, length in lengths.items() if length}
-
-    def _rows(self, database: str, query: str) -> list[Any]:
-        with self.engines[database].connect() as connection:
-            return [tuple(row) for row in connection.execute(text(query))]
-
-    def _scalar(self, database: str, query: str) -> Any:
-        return self._rows(database, query)[0][0]
 
 
 @contextmanager

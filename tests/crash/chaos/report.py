@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tests.crash.chaos.run import Firing, Result
+if TYPE_CHECKING:
+    from tests.crash.chaos.run import Firing, Result
 
 __all__ = ("PROPERTY", "Row", "account_of", "rows_of", "say", "table")
 
@@ -91,6 +92,20 @@ def _row(name: str, firing: Firing, events: set[str], stall: float, result: Resu
     )
 
 
+def slowest(result: Result, count: int = 3) -> list[tuple[float, str, str]]:
+    """The events that took longest from being written to their first effect: seconds, id, kind.
+
+    A handler that stands still does not show in the stall, while others go on.
+    """
+    handled = _first(result.effects)
+    took = [
+        (round(handled[event_id] - at, 1), event_id, result.found.orders[event_id])
+        for event_id, at in result.written
+        if event_id in handled and event_id in result.found.orders
+    ]
+    return sorted(took, reverse=True)[:count]
+
+
 def _first(effects: Iterable[tuple[str, float]]) -> dict[str, float]:
     first: dict[str, float] = {}
     for event_id, at in effects:
@@ -133,6 +148,7 @@ def account_of(result: Result) -> dict[str, Any]:
         "quiet_after": round(result.quiet_after, 1),
         "violations": result.violations,
         "notes": dict(Counter(result.notes)),
+        "slowest": slowest(result),
         "faults": rows_of(result),
     }
 
@@ -156,6 +172,8 @@ def say(terminal: Any, path: str | None) -> None:
             f"quiet after {run['quiet_after']} s, {len(run['violations'])} violations"
             + "".join(f"; {count} × {note}" for note, count in run["notes"].items())
         )
+        slow = ", ".join(f"{kind} {event} {took} s" for took, event, kind in run["slowest"])
+        terminal.write_line(f"    slowest from its writing to its effect: {slow}")
     for line in table(row for run in runs for row in run["faults"]):
         terminal.write_line(line)
     if path:

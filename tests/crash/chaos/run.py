@@ -10,6 +10,7 @@ from typing import Any
 from tests.crash.chaos import account
 from tests.crash.chaos.account import Found
 from tests.crash.chaos.chain import Chain, running_chain
+from tests.crash.chaos.evidence import Evidence
 from tests.crash.chaos.injector import Injector
 from tests.crash.chaos.schedule import Fault, Volley, plan
 from tests.crash.faults import let_pass, until
@@ -72,6 +73,7 @@ def run(directory: Path, seed: int, *, direct: bool, volleys: int, say: Any = pr
 class _Run:
     def __init__(self, chain: Chain, result: Result, say: Any) -> None:
         self._chain = chain
+        self._evidence = Evidence(chain)
         self._result = result
         self._say = say
         self._injector = Injector(chain)
@@ -106,7 +108,7 @@ class _Run:
         def flowing() -> bool:
             nonlocal start
             self._chain.look()
-            now = self._chain.effects_so_far()
+            now = self._evidence.effects_so_far()
             start = now if start < 0 else start
             return now >= start + FLOWING and self._chain.all_ready()
 
@@ -128,7 +130,10 @@ class _Run:
         result.found = self._wait_quiet()
         result.quiet_after = time.monotonic() - start
         self._say(f"{self._clock} quiet")
-        result.written, result.effects = chain.moments("orders"), chain.moments("effects")
+        result.written, result.effects = (
+            self._evidence.moments("orders"),
+            self._evidence.moments("effects"),
+        )
         result.violations += account.violations(result.found)
         result.violations += chain.stop("bridge", "worker", "flusher", "beat")
         result.violations += self._injector.wrong
@@ -145,7 +150,7 @@ class _Run:
         def quiet() -> bool:
             nonlocal found, said
             self._chain.look()
-            found = self._chain.found()
+            found = self._evidence.found()
             left = account.unquiet(found) if found else ["a server that does not answer"]
             if time.monotonic() - said > 5:
                 said = time.monotonic()
