@@ -68,7 +68,7 @@ class Evidence:
         )
 
     def _queues(self) -> dict[str, int]:
-        """The lists of all queues, and what is not acknowledged."""
+        """Lengths of those that are not empty."""
         with redis.Redis.from_url(self._chain.servers.redis.url, socket_timeout=2) as client:
             queues = (
                 self._chain.settings["task_default_queue"],
