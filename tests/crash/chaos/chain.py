@@ -57,9 +57,12 @@ class Chain(Stack):
         directory: for logs.
         servers: running.
         direct: workers take their messages from JetStream themselves.
+        bridges: how many, where they do not.
     """
 
-    def __init__(self, directory: Path, servers: Servers, *, direct: bool) -> None:
+    def __init__(
+        self, directory: Path, servers: Servers, *, direct: bool, bridges: int = 1
+    ) -> None:
         suffix = uuid.uuid4().hex[:8]
         names = Names(f"bank-{suffix}", f"shop-{suffix}", f"stream-{suffix}")
         servers.postgres.create_database("bank")
@@ -74,6 +77,7 @@ class Chain(Stack):
             **{**CELERY, **BANK},
         )
         self.servers = servers
+        self.bridges = 0 if direct else bridges
         self.mark = f"CHAOS_RUN={suffix}"
         self.points = directory / "points"
         self.points.mkdir()
@@ -138,10 +142,9 @@ class Chain(Stack):
 
     def start_all(self) -> None:
         """Each is started again from now on when it ends, by :meth:`look`."""
-        workers, bridges = 2, 0 if self.direct else 1
         self.services = [
-            *(Service("worker", self._worker, "ready.") for _ in range(workers)),
-            *(Service("bridge", self._bridge, "bridge is ready") for _ in range(bridges)),
+            *(Service("worker", self._worker, "ready.") for _ in range(2)),
+            *(Service("bridge", self._bridge, "bridge is ready") for _ in range(self.bridges)),
             Service("flusher", self._flusher, "ready.", whole=self.direct),
             *(Service("writer", partial(self._writer, n), "writing") for n in range(WRITERS)),
         ]
@@ -212,11 +215,11 @@ class Chain(Stack):
 
 
 @contextmanager
-def running_chain(directory: Path, *, direct: bool) -> Iterator[Chain]:
+def running_chain(directory: Path, *, direct: bool, bridges: int = 1) -> Iterator[Chain]:
     """A chain with its servers; all of it ends with the block."""
     with ExitStack() as stack:
         servers = stack.enter_context(running_servers())
-        chain = Chain(directory, servers, direct=direct)
+        chain = Chain(directory, servers, direct=direct, bridges=bridges)
         stack.callback(chain.close)
         stack.callback(servers.heal)
         yield chain

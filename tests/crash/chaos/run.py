@@ -62,10 +62,10 @@ class Result:
 
 
 def run(directory: Path, seed: int, *, direct: bool, volleys: int, say: Any = print) -> Result:
-    """Runs a seed's plan against a chain of its own."""
+    """Runs a seed's plan against a chain of its own; an odd seed's has two bridges."""
     result = Result("direct" if direct else "bridge", seed, volleys)
     say(f"\nchaos: {result.replay}")
-    with running_chain(directory, direct=direct) as chain:
+    with running_chain(directory, direct=direct, bridges=1 + seed % 2) as chain:
         _Run(chain, result, say).go(plan(seed, direct, volleys))
     return result
 

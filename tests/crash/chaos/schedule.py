@@ -121,7 +121,9 @@ def _volleys(dice: random.Random, drawn: Iterator[tuple[str, str]]) -> Iterator[
 
 
 def _fault(dice: random.Random, how: str, what: str, after: float) -> Fault:
-    lasts = dice.uniform(0.3, 6) if how == "SIGSTOP" else dice.choice((0.0, dice.uniform(0, 4)))
-    if how in ("SIGTERM", "SIGQUIT"):
+    lasts = dice.choice((0.0, dice.uniform(0, 4)))
+    if how == "SIGSTOP":
+        lasts = dice.uniform(0.3, dice.choice((2, 6, 6, 15)))
+    elif how in ("SIGTERM", "SIGQUIT"):
         lasts = dice.choice((10.0, 45.0))
     return Fault(how, what, round(after, 2), round(lasts, 2), round(dice.random(), 2))
