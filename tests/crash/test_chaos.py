@@ -23,7 +23,7 @@ SHORT, LONG = 7, 40
 
 
 @in_both_modes
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_chaos(
     direct: bool,
     rounds: int,

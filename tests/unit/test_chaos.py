@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import uuid
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +18,8 @@ from tests.crash.chaos.account import DeadLetter, Found, violations
 from tests.crash.chaos.report import account_of, rows_of, slowest, table
 from tests.crash.chaos.run import Firing, Result
 from tests.crash.chaos.schedule import Fault, plan, ways
-from tests.crash.chaos.services import End
+from tests.crash.chaos.services import End, left_of
+from tests.servers import wait_until
 
 MODES = pytest.mark.parametrize("direct", [False, True])
 
@@ -110,6 +114,16 @@ def test_what_is_wrong_is_said(change: Callable[[Found], Any], said: str) -> Non
 def test_how_a_process_may_end(status: int, signals: list[int], ready: bool, wrong: bool) -> None:
     end = End("bridge", status, signals, ready, Path(os.devnull))
     assert bool(end.wrong) is wrong
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_process_that_is_left_running_is_found() -> None:
+    mark = f"CHAOS_RUN={uuid.uuid4().hex}"
+    name, _, value = mark.partition("=")
+    with subprocess.Popen(["sleep", "60"], env={**os.environ, name: value}) as process:
+        wait_until(lambda: left_of(mark) == [f"{process.pid}: sleep 60 "], 10, "it to be found")
+        process.kill()
+    assert left_of(mark) == []
 
 
 # -- report ----------------------------------------------------------------------------------------
