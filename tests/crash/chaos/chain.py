@@ -32,6 +32,7 @@ BANK = {
     "jetstream_lease": 15,
     "jetstream_backoff": [0.2, 1],
     "jetstream_inbox_lease": 5,
+    "jetstream_outage_errors": ["sqlalchemy.exc.OperationalError"],  # of the handler with no inbox
     "jetstream_outbox_nudge": False,
 }
 SHOP = {
