@@ -54,6 +54,8 @@ def write(name: str, pace: float) -> None:
     number = 0
     print("writing", flush=True)
     while not stopped.wait(dice.uniform(0, 2 * pace)):
+        if points.held():
+            continue
         slow, give_up = dice.random() < 0.1, dice.random() < 0.05
         try:
             with Session(jetstream.outbox.database.engine) as session:

@@ -12,7 +12,7 @@ import os
 import threading
 from typing import Any
 
-__all__ = ("passes", "receiver")
+__all__ = ("held", "passes", "receiver")
 
 DIRECTORY = os.environ.get("CHAOS_POINTS", "")
 
@@ -30,6 +30,11 @@ def passes(point: str) -> None:
             threading.Timer(seconds, os.kill, (who, plan["signal"])).start()
         else:
             os.kill(who, plan["signal"])
+
+
+def held() -> bool:
+    """Whether the driver wants no more load for now: the machine is too slow for it."""
+    return os.path.exists(os.path.join(DIRECTORY, "hold"))
 
 
 def receiver(point: str) -> Any:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from tests.crash.chaos.kinds import AROUND, DEAD, PLAIN, WITHIN
 
-__all__ = ("DeadLetter", "Found", "unquiet", "violations")
+__all__ = ("DeadLetter", "Found", "going_on", "unquiet", "violations")
 
 
 class DeadLetter(NamedTuple):
@@ -72,10 +72,15 @@ class Found:
 
 
 def unquiet(found: Found) -> list[str]:
-    """What is still going on, or is stuck."""
+    """What is still going on, or is stuck, in words."""
+    return [f"{count} {what}" for what, count in going_on(found).items() if count]
+
+
+def going_on(found: Found) -> dict[str, int]:
+    """How much of each is still to be done."""
     rows = Counter(found.outbox.values())
     open_rows = Counter(found.inbox.values())
-    going_on = {
+    return {
         "outbox rows that are not sent": rows.total() - rows["sent"],
         "leases of the outbox": found.leases,
         "keys held in the outbox": found.holds,
@@ -84,7 +89,6 @@ def unquiet(found: Found) -> list[str]:
         **{f"{name} of the consumer": found.consumer.get(name, -1) for name in _OF_CONSUMER},
         **{f"messages in Redis's {name}": count for name, count in found.queues.items()},
     }
-    return [f"{count} {what}" for what, count in going_on.items() if count]
 
 
 _OF_CONSUMER = ("num_pending", "num_ack_pending")

@@ -193,6 +193,11 @@ class Chain(Stack):
         for service in self.services:
             service.look()
 
+    def hold(self, wanted: bool) -> None:
+        """Has the writers wait, or go on."""
+        file = self.points / "hold"
+        file.touch() if wanted else file.unlink(missing_ok=True)
+
     def all_ready(self) -> bool:
         return all(service.is_ready for service in self.services)
 

@@ -29,6 +29,14 @@ class Evidence:
         except SQLAlchemyError:
             return -1
 
+    def behind(self) -> int:
+        """How many events have been written and not handled, about; 0 where none can say."""
+        try:
+            written = self._scalar("shop", "SELECT count(*) FROM orders")
+            return int(written - self._scalar("bank", "SELECT count(*) FROM effects"))
+        except SQLAlchemyError:
+            return 0
+
     def moments(self, table: str) -> list[tuple[str, float]]:
         """The events of orders or effects, and when: seconds since 1970, oldest first."""
         database = "shop" if table == "orders" else "bank"
