@@ -112,7 +112,7 @@ def test_what_is_wrong_is_said(change: Callable[[Found], Any], said: str) -> Non
     ],
 )
 def test_how_a_process_may_end(status: int, signals: list[int], ready: bool, wrong: bool) -> None:
-    end = End("bridge", status, signals, ready, Path(os.devnull))
+    end = End("bridge", 1, status, signals, ready, Path(os.devnull))
     assert bool(end.wrong) is wrong
 
 

@@ -29,7 +29,7 @@ WRITERS, PACE = 2, 0.15
 #: Short, so that what was lost comes again soon; a standstill is often longer than ack_wait.
 BANK = {
     "jetstream_ack_wait": 3,
-    "jetstream_lease": 15,
+    "jetstream_lease": 30,
     "jetstream_backoff": [0.2, 1],
     "jetstream_inbox_lease": 5,
     "jetstream_outage_errors": ["sqlalchemy.exc.OperationalError"],  # of the handler with no inbox

@@ -142,8 +142,7 @@ class Injector:
         for taken in self.chain.points.glob(f"{point}.*"):
             pid = int(taken.name.split(".")[2 if parent else 1])
             for service in self.chain.services:
-                if service.pid == pid:
-                    service.signals.append(signal.SIGKILL)
+                service.heard(pid, signal.SIGKILL)
             taken.unlink()
 
     # -- servers ---------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ class End:
     """How a process ended."""
 
     service: str
+    pid: int
     status: int
     #: The signals that it was sent, in order; None where it ended by itself.
     signals: list[int]
@@ -107,6 +108,14 @@ class Service:
             (os.killpg if group else os.kill)(self.pid, number)
         return True
 
+    def heard(self, pid: int, number: signal.Signals) -> None:
+        """If the process was its own: it has been sent a signal by another one, or by itself."""
+        if self.pid == pid:
+            self.signals.append(number)
+        for end in self.ends:
+            if end.pid == pid and end.signals is not self.signals:
+                end.signals.append(number)
+
     def stop(self) -> None:
         """SIGTERM, and it is not started again."""
         self._stopped = True
@@ -126,7 +135,7 @@ class Service:
     def _note_end(self) -> None:
         ready = self._is_ready or self.ready in self.process.text()
         status = self.process.poll() or 0
-        self.ends.append(End(self.name, status, self.signals, ready, self.process.log))
+        self.ends.append(End(self.name, self.pid, status, self.signals, ready, self.process.log))
         if self.whole:
             self.process.end()
 
