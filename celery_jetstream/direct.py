@@ -483,7 +483,7 @@ class DirectMessage(Source):
             self._intake.began()
 
     def ended(self, error: BaseException | None) -> None:
-        """Its task has come to an end in a process that lived to say so."""
+        """Its task has come to an end, or its process has."""
         self._intake.ended(self._flight, error)
 
 

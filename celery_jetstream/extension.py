@@ -180,12 +180,13 @@ class JetStream:
         return self.connection.run(self._status, timeout)
 
     async def _status(self, timeout: float) -> dict[str, Any]:
+        ends = time.monotonic() + timeout
         try:
             consumers = await asyncio.wait_for(self.consumers(), timeout / 2)
         except (NotConnectedError, asyncio.TimeoutError):
             consumers = consumer_specs(self.config)
         durables = [consumer.durable for consumer in consumers]
-        return await status.look(self.connection, self.config, durables, timeout / 2)
+        return await status.look(self.connection, self.config, durables, ends - time.monotonic())
 
     # -- publishing ------------------------------------------------------------------------------
 

@@ -60,7 +60,7 @@ class Source:
     taken = False
 
     def ended(self, error: BaseException | None) -> None:
-        """In the main process: the task ended in a process that lived to say so."""
+        """In the main process: the task ended; None also where its process died with it."""
         raise NotImplementedError
 
 
@@ -156,6 +156,8 @@ class JetStreamRequest(Request):
         ends.settle_aside(self.task, self.delivery, end, self._header)
         if not self.acknowledged:  # its child died before it said that it had it
             self.acknowledge()
+        if isinstance(self.message, Source) and self.refusal is None:
+            self.message.ended(None)
 
     # -- what Celery tells a request -------------------------------------------------------------
 

@@ -50,11 +50,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="PATH",
         help="the nats-server that the tests use; 'old' is Debian's, the oldest that we support",
     )
+    chaos = parser.getgroup("chaos", "tests/crash/test_chaos.py")
+    chaos.addoption("--seed", type=int, help="of the first round; default: any")
+    chaos.addoption("--volleys", type=int, help="faults, or several at once, in each round")
+    chaos.addoption("--chaos-report", metavar="FILE", help="what came of it, as JSON")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if path := config.getoption("--nats-server"):
         os.environ["NATS_SERVER_BINARY"] = OLD_NATS_SERVER if path == "old" else path
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    from tests.crash.chaos.report import say
+
+    say(terminalreporter, config.getoption("--chaos-report"))
 
 
 @pytest.hookimpl(trylast=True)

@@ -16,7 +16,7 @@ from celery.exceptions import TaskRevokedError, WorkerLostError
 from celery_jetstream import jetstream_handler
 from celery_jetstream.delivery import Delivery
 from celery_jetstream.handlers import HEADER, LEASE
-from celery_jetstream.request import JetStreamRequest, Keeper
+from celery_jetstream.request import JetStreamRequest, Keeper, Source
 from celery_jetstream.settlement import Nak
 
 
@@ -27,7 +27,7 @@ def handed_back(event: Any) -> None: ...
 class Bench:
     """A request as the worker makes it, and what was acknowledged and settled, in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: Callable[..., Any] = SimpleNamespace) -> None:
         self.did: list[object] = []
         self.while_acknowledging: Callable[[], object] = lambda: None
         app = Celery("bench", broker="memory://", set_as_current=False)
@@ -49,7 +49,7 @@ class Bench:
         task = app.tasks["tests.handed_back"]
         delivery = Delivery.from_reply("$JS.ACK.s.c.1.1.1.1.0")
         header = {**delivery.to_header(), LEASE: None}
-        message = SimpleNamespace(
+        message = kind(
             headers={"id": "1", "task": task.name, HEADER: header},
             properties={},
             delivery_info={},
@@ -91,6 +91,18 @@ def test_what_has_begun_is_not_handed_back() -> None:
     bench.accept()
     bench.request.hand_back()
     assert bench.did == ["acknowledged"]
+
+
+class FromStream(Source):
+    """A message of direct mode's, and what it was told of its end."""
+
+    def __init__(self, **attributes: Any) -> None:
+        vars(self).update(attributes)
+        self.delivery = Delivery.from_reply("$JS.ACK.s.c.1.1.1.1.0")
+        self.ends: list[BaseException | None] = []
+
+    def ended(self, error: BaseException | None) -> None:
+        self.ends.append(error)
 
 
 class Result:
@@ -142,3 +154,14 @@ def test_a_child_that_dies_before_it_accepts_leaves_no_copy_unacknowledged() -> 
     except WorkerLostError:
         bench.request.on_failure(ExceptionInfo())
     assert bench.did == [Nak(1.0), "acknowledged"]
+
+
+def test_a_source_hears_of_a_child_that_died() -> None:
+    """Else a handler whose probe was killed paused for a minute, though its database was back."""
+    bench = Bench(FromStream)
+    bench.accept()
+    try:
+        raise WorkerLostError("killed")
+    except WorkerLostError:
+        bench.request.on_failure(ExceptionInfo())
+    assert bench.request.message.ends == [None]

@@ -1,0 +1,1 @@
+"""A whole chain of real processes, and what a seed breaks of it."""
