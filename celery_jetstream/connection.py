@@ -27,6 +27,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import TimeoutError as ThreadTimeoutError
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,7 +35,7 @@ from .config import Config
 from .exceptions import ConnectionRefusedByServer, NotConnectedError
 from .rotation import Rotation, Server
 from .session import Client, Session, clients
-from .threads import NativeEvent, blocking, start_native_thread, wait
+from .threads import NativeEvent, blocking, in_native_thread, start_native_thread, wait
 
 __all__ = ("Connection",)
 
@@ -287,6 +288,7 @@ class Connection:
         if before is not None:
             before.wait()  # the thread of the last connection still says goodbye
         asyncio.set_event_loop(loop)
+        loop.getaddrinfo = _getaddrinfo  # type: ignore[method-assign]
         supervisor = loop.create_task(self._supervise())
         try:
             loop.run_forever()
@@ -427,6 +429,12 @@ class Connection:
 
     def _name(self) -> str:
         return f"{self.config.app_name} {socket.gethostname()} {os.getpid()}"
+
+
+async def _getaddrinfo(host: Any, port: Any, **options: Any) -> Any:
+    """As a loop's own, but in a thread that holds no exit up."""
+    resolve = partial(socket.getaddrinfo, host, port, **options)
+    return await asyncio.wrap_future(in_native_thread(resolve))
 
 
 def _credentials(given: Any) -> Any:

@@ -54,6 +54,7 @@ class Session:
         self.client = client
         client.on_info = self._on_info
         self.lost: asyncio.Event = asyncio.Event()
+        #: Why it could not open, or was given up, where nats-py does not know.
         self.error: BaseException | None = None
         #: ``host:port`` of the server.
         self.address = ""
@@ -83,7 +84,7 @@ class Session:
             if self.lost.is_set() or not self.client.is_connected:  # an EOF is a PONG to nats-py
                 raise NotConnectedError("the NATS server closed the connection at once")
             self.client.tune_socket()
-            self.address = self.client.address
+            self.address, self.error = self.client.address, None
             self._prefix = self.client.new_inbox() + "."
             self.client.answer_directly(self._prefix, self._on_answer)
             await self.client.subscribe(self._prefix + "*", cb=self._on_reply)
@@ -261,7 +262,8 @@ class Session:
         return token, future
 
     async def _on_error(self, error: BaseException) -> None:
-        self.error = error
+        if not self._prefix:  # it still opens
+            self.error = error
         self._check.set()
         if "permissions violation" in str(error).lower():
             self.denied = True

@@ -10,7 +10,15 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-__all__ = ("NativeEvent", "Wake", "blocking", "native_lock", "start_native_thread", "wait")
+__all__ = (
+    "NativeEvent",
+    "Wake",
+    "blocking",
+    "in_native_thread",
+    "native_lock",
+    "start_native_thread",
+    "wait",
+)
 
 T = TypeVar("T")
 
@@ -47,6 +55,24 @@ def start_native_thread(target: Callable[..., None], *args: Any) -> None:
         hub.threadpool.spawn(target, *args)
     else:
         threading.Thread(target=target, args=args, name="jetstream-nats", daemon=True).start()
+
+
+def in_native_thread(function: Callable[[], T]) -> Future[T]:
+    """Calls what may take minutes, such as a name server that is away.
+
+    Unlike a thread of an executor, this one is not waited for when the interpreter exits.
+    """
+    future: Future[T] = Future()
+    future.set_running_or_notify_cancel()  # who stops waiting does not stop it
+
+    def call() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    start_native_thread(call)
+    return future
 
 
 def wait(future: Future[T], timeout: float | None) -> T:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
-import json
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -23,11 +20,9 @@ import nats
 import nkeys
 import pytest
 import trustme
-from celery import Celery
 from nats.aio.client import Client
 
 from celery_jetstream import JetStream
-from celery_jetstream.config import Config
 from celery_jetstream.connection import Connection
 from celery_jetstream.exceptions import (
     ConnectionRefusedByServer,
@@ -36,88 +31,26 @@ from celery_jetstream.exceptions import (
 )
 from celery_jetstream.session import NoResponders, Session
 from celery_jetstream.testing import free_port
-from tests.conftest import Names
+from tests.connections import (
+    INFO,
+    SECRET,
+    RecordingServer,
+    ask,
+    fill,
+    session_of,
+    url_of,
+    works,
+)
 from tests.servers import NatsServer, need, wait_until
 from tests.stack import ROOT
 
 T = TypeVar("T")
 NATS_PY_LATE = 5.0
 """Seconds after which a bare client that has not come back is taken for lost."""
-SECRET = "s3cr3t-0f-0urs"
 SHORT_PING = {"ping_interval": 0.5, "max_outstanding_pings": 1, "connect_timeout": 1}
 
 
 # ── what the tests stand on ──────────────────────────────────────────────────
-
-
-@pytest.fixture
-def own_server() -> Iterator[NatsServer]:
-    """A server to be hurt."""
-    need("nats")
-    with NatsServer() as server:
-        yield server
-
-
-@pytest.fixture
-def connect_to() -> Iterator[Callable[..., Connection]]:
-    """``connect_to(urls, **settings)``: a connection that ends with the test."""
-    connections: list[Connection] = []
-
-    def make(urls: Any, **settings: Any) -> Connection:
-        settings = {"app_name": "api", "destination_app": "worker", **settings}
-        connections.append(Connection(Config(nats_urls=urls, **settings)))
-        return connections[-1]
-
-    yield make
-    for connection in connections:
-        connection.close()
-
-
-@pytest.fixture
-def make_jetstream(names: Names) -> Iterator[Callable[..., JetStream]]:
-    made: list[JetStream] = []
-
-    def make(urls: Any, **settings: Any) -> JetStream:
-        app = Celery("test", broker="memory://", set_as_current=False)
-        app.conf.update(
-            jetstream_nats_urls=urls,
-            jetstream_stream_name=names.stream_name,
-            jetstream_app_name=names.app_name,
-            jetstream_destination_app=names.destination_app,
-            **settings,
-        )
-        made.append(JetStream(app))
-        return made[-1]
-
-    yield make
-    for jetstream in made:
-        jetstream.close()
-
-
-def url_of(server: NatsServer, user: str = "", scheme: str = "nats") -> str:
-    return f"{scheme}://{user and f'{user}@'}127.0.0.1:{server.port}"
-
-
-def ask(connection: Connection, timeout: float = 5.0) -> dict[str, Any]:
-    """One exchange with JetStream: proof that the connection works."""
-
-    async def account() -> dict[str, Any]:
-        session = await connection.session(timeout)
-        answer: dict[str, Any] = json.loads((await session.ask("$JS.API.INFO")).data)
-        return answer
-
-    return connection.run(account)
-
-
-def works(connection: Connection) -> bool:
-    try:
-        return "error" not in ask(connection, 0.5)
-    except NotConnectedError:
-        return False
-
-
-def session_of(connection: Connection) -> Session:
-    return connection.run(connection.session)
 
 
 def with_bare_client(
@@ -164,60 +97,6 @@ async def answers(client: Client, timeout: float = 1.0) -> bool:
     except (nats.errors.Error, asyncio.TimeoutError):
         return False
     return True
-
-
-class RecordingServer:
-    """A TCP server that may greet as NATS does, and keeps what it is told; answers nothing."""
-
-    def __init__(self, greeting: dict[str, Any] | None, *, hang_up: bool = False) -> None:
-        self.greeting = greeting
-        self.hang_up = hang_up
-        self.received = b""
-        self.connections = 0
-        self.times: list[float] = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
-        self._open: list[socket.socket] = []
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                peer, _ = self._listener.accept()
-            except OSError:
-                return
-            self._open.append(peer)
-            self.connections += 1
-            self.times.append(time.monotonic())
-            with contextlib.suppress(OSError):  # closed, by the client or with this server
-                self._greet(peer)
-
-    def _greet(self, peer: socket.socket) -> None:
-        if self.greeting is not None:
-            peer.sendall(b"INFO " + json.dumps(self.greeting).encode() + b"\r\n")
-        if self.hang_up:
-            peer.recv(4096)
-            peer.close()
-        else:
-            threading.Thread(target=self._read, args=(peer,), daemon=True).start()
-
-    def _read(self, peer: socket.socket) -> None:
-        try:
-            while data := peer.recv(4096):
-                self.received += data
-        except OSError:
-            pass
-
-    def __enter__(self) -> RecordingServer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._listener.close()
-        for peer in self._open:
-            peer.close()
-
-
-INFO = {"server_id": "x", "version": "2.15.0", "max_payload": 1048576, "headers": True, "proto": 1}
 
 
 # ── states, connect, close ───────────────────────────────────────────────────
@@ -353,19 +232,13 @@ def test_close_is_bounded_while_the_server_hangs(
     connection.connect()
     own_server.pause()
     if unsent:
-        connection.call_soon(lambda: _fill(connection))
+        connection.call_soon(lambda: fill(connection))
     start = time.monotonic()
     connection.close()
     assert time.monotonic() - start < 6
     assert connection.state == "disconnected"
     own_server.resume()
     assert works(connection)
-
-
-def _fill(connection: Connection) -> None:
-    session = connection._session
-    assert session is not None
-    session.client._transport._io_writer.write(b"PING\r\n" * 3_000_000)
 
 
 def test_closing_answers_those_who_still_wait(connect_to: Callable[..., Connection]) -> None:
@@ -675,7 +548,7 @@ def test_hung_peer_fails_over_in_bounded_time(
         hung = servers.pop(before.client.connected_url.port)
         hung.pause()
         if unsent:
-            connection.call_soon(lambda: _fill(connection))
+            connection.call_soon(lambda: fill(connection))
         start = time.monotonic()
         wait_until(lambda: works(connection), 15, "the other server to be used")
         assert time.monotonic() - start < 12

@@ -1,0 +1,59 @@
+"""What the tests of the connection begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from celery import Celery
+
+from celery_jetstream import JetStream
+from celery_jetstream.config import Config
+from celery_jetstream.connection import Connection
+from tests.conftest import Names
+from tests.servers import NatsServer, need
+
+
+@pytest.fixture
+def own_server() -> Iterator[NatsServer]:
+    """A server to be hurt."""
+    need("nats")
+    with NatsServer() as server:
+        yield server
+
+
+@pytest.fixture
+def connect_to() -> Iterator[Callable[..., Connection]]:
+    """``connect_to(urls, **settings)``: a connection that ends with the test."""
+    connections: list[Connection] = []
+
+    def make(urls: Any, **settings: Any) -> Connection:
+        settings = {"app_name": "api", "destination_app": "worker", **settings}
+        connections.append(Connection(Config(nats_urls=urls, **settings)))
+        return connections[-1]
+
+    yield make
+    for connection in connections:
+        connection.close()
+
+
+@pytest.fixture
+def make_jetstream(names: Names) -> Iterator[Callable[..., JetStream]]:
+    made: list[JetStream] = []
+
+    def make(urls: Any, **settings: Any) -> JetStream:
+        app = Celery("test", broker="memory://", set_as_current=False)
+        app.conf.update(
+            jetstream_nats_urls=urls,
+            jetstream_stream_name=names.stream_name,
+            jetstream_app_name=names.app_name,
+            jetstream_destination_app=names.destination_app,
+            **settings,
+        )
+        made.append(JetStream(app))
+        return made[-1]
+
+    yield make
+    for jetstream in made:
+        jetstream.close()
