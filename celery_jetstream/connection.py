@@ -372,8 +372,8 @@ class Connection:
         finally:
             greeting.cancel()
         self._session, self._state = None, RECONNECTING
-        error = session.error or session.client.last_error
-        self.last_error = error and _classify(error, session.client.expires)
+        cause = session.cause
+        self.last_error = cause and _classify(cause, session.client.expires)
         logger.warning("NATS connection lost: %s", self.last_error or "no answer")
         session.end()
         return time.monotonic() - start

@@ -54,13 +54,14 @@ class Session:
         self.client = client
         client.on_info = self._on_info
         self.lost: asyncio.Event = asyncio.Event()
-        #: Why it could not open, or was given up, where nats-py does not know.
+        #: What nats-py told last; not each is the end.
         self.error: BaseException | None = None
         #: ``host:port`` of the server.
         self.address = ""
         #: Our user was not allowed something; what it asked for is not answered.
         self.denied = False
         self._check = asyncio.Event()
+        self._cause: NotConnectedError | None = None
         self._waiting: dict[str, OnAnswer] = {}
         self._tokens = itertools.count()
         self._prefix = ""
@@ -84,7 +85,7 @@ class Session:
             if self.lost.is_set() or not self.client.is_connected:  # an EOF is a PONG to nats-py
                 raise NotConnectedError("the NATS server closed the connection at once")
             self.client.tune_socket()
-            self.address, self.error = self.client.address, None
+            self.address = self.client.address
             self._prefix = self.client.new_inbox() + "."
             self.client.answer_directly(self._prefix, self._on_answer)
             await self.client.subscribe(self._prefix + "*", cb=self._on_reply)
@@ -105,8 +106,13 @@ class Session:
             except asyncio.TimeoutError:
                 stuck = stuck + 1 if self.client.is_stuck() else 0
             if stuck >= STUCK_LOOKS:
-                self.error = NotConnectedError("the NATS server does not read what is sent")
+                self._cause = NotConnectedError("the NATS server does not read what is sent")
                 return
+
+    @property
+    def cause(self) -> BaseException | None:
+        """Why it was lost, as far as that is known."""
+        return self._cause or self.client.last_error or self.error
 
     def end(self) -> None:
         """Drops the client at once and fails whatever waits for an answer."""
@@ -262,8 +268,7 @@ class Session:
         return token, future
 
     async def _on_error(self, error: BaseException) -> None:
-        if not self._prefix:  # it still opens
-            self.error = error
+        self.error = error
         self._check.set()
         if "permissions violation" in str(error).lower():
             self.denied = True
@@ -275,7 +280,7 @@ class Session:
 
     def _on_info(self, info: Mapping[str, Any]) -> None:
         if info.get("ldm") and not self.lost.is_set():
-            logger.warning("NATS server is shutting down (lame duck); moving to another")
+            self._cause = NotConnectedError("the NATS server is shutting down (lame duck)")
             self.lost.set()
             self._check.set()
 
@@ -402,11 +407,11 @@ class Client(nats.aio.client.Client):
 
     @property
     def alive(self) -> bool:
-        """Connected, and all still runs that reads, hands on and writes.
+        """Connected, and all still runs that reads, hands on, writes and asks for life.
 
         A callback that raises ``CancelledError`` ends its subscription without a word.
         """
-        tasks = [self._reading_task, self._flusher_task]
+        tasks = [self._reading_task, self._flusher_task, self._ping_interval_task]
         tasks += [s._wait_for_msgs_task for s in self._subs.values() if s._cb is not None]
         return bool(self.is_connected and all(task and not task.done() for task in tasks))
 

@@ -389,6 +389,7 @@ def test_a_lame_duck_without_another_server(
     connection.connect()
     quack(duck)
     wait_until(lambda: connection.state == "reconnecting", 20, "the state to tell")
+    assert duck.running, "and at once"
     wait_until(lambda: not duck.running, 60, "its end")
     assert connection.state == "reconnecting"
     duck.start()
@@ -592,6 +593,22 @@ def test_close_is_bounded(state: Callable[[Stage], Connection], stage: Stage, ho
     for future in stage.waiting:
         with pytest.raises(NotConnectedError):
             future.result(5)
+
+
+def test_close_does_not_wait_for_a_thread_that_is_blocked(
+    nats_server: NatsServer, connect_to: Callable[..., Connection], caplog: pytest.LogCaptureFixture
+) -> None:
+    connection = connect_to(nats_server.url)
+    session_of(connection)
+    loop, over = connection.start(), threading.Event()
+    connection.call_soon(over.wait, 60)
+    start = time.monotonic()
+    connection.close(timeout=0.5)
+    assert time.monotonic() - start < 10
+    assert connection.state == "disconnected"
+    assert "did not end" in caplog.text
+    over.set()
+    wait_until(loop.is_closed, 20, "the thread to end all the same")
 
 
 def interrupted(connection: Connection) -> None:
