@@ -373,7 +373,7 @@ class Connection:
             greeting.cancel()
         self._session, self._state = None, RECONNECTING
         cause = session.cause
-        self.last_error = cause and _classify(cause, session.client.expires)
+        self.last_error = _classify(cause, session.client.expires) if cause else None
         logger.warning("NATS connection lost: %s", self.last_error or "no answer")
         session.end()
         return time.monotonic() - start

@@ -304,16 +304,20 @@ def test_a_server_that_joins_later_is_used(
 def test_a_peer_that_left_is_forgotten(
     cluster: Cluster, connect_to: Callable[..., Connection]
 ) -> None:
-    first, second, third = cluster.nodes
+    first, *others = cluster.nodes
     connection = connect_to(url_of(first, f"us:{SECRET}"))
     connection.connect()
     connected_to_one(connection, cluster, [first])
-    second.kill()
-    wait_until(lambda: named(connection) == {first.port, third.port}, 20, "it to be forgotten")
-    with RecordingServer(None, port=second.port) as where_it_was:
+    connection.reconnect()
+    connected_to_one(connection, cluster, others)
+    (used,) = [node for node in others if node.port == port_of(connection)]
+    (gone,) = [node for node in others if node is not used]
+    gone.kill()
+    wait_until(lambda: gone.port not in named(connection), 20, "it to be named no more")
+    with RecordingServer(None, port=gone.port) as where_it_was:
+        used.kill()
+        connected_to_one(connection, cluster, [first])
         first.kill()
-        connected_to_one(connection, cluster, [third])
-        third.kill()
         before = connection._rounds
         wait_until(lambda: connection._rounds > before + 3, 30, "all to be tried")
         assert where_it_was.connections == 0
