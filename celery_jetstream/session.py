@@ -85,7 +85,8 @@ class Session:
                 timeout,
             )
             if self.lost.is_set() or not self.client.is_connected:  # an EOF is a PONG to nats-py
-                raise NotConnectedError("the NATS server closed the connection at once")
+                closed = NotConnectedError("the NATS server closed the connection at once")
+                raise self._cause or closed
             self.client.tune_socket()
             self.address = self.client.address
             self._prefix = self.client.new_inbox() + "."
@@ -485,7 +486,8 @@ class Client(nats.aio.client.Client):
         A callback that raises ``CancelledError`` ends its subscription without a word.
         """
         tasks = [self._reading_task, self._flusher_task, self._ping_interval_task]
-        tasks += [s._wait_for_msgs_task for s in self._subs.values() if s._cb is not None]
+        callers = [subscription._wait_for_msgs_task for subscription in self._subs.values()]
+        tasks += [task for task in callers if task is not None]
         return bool(self.is_connected and all(task and not task.done() for task in tasks))
 
     @property
