@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -50,7 +51,7 @@ class Bench:
         delivery = Delivery.from_reply("$JS.ACK.s.c.1.1.1.1.0")
         header = {**delivery.to_header(), LEASE: None}
         message = kind(
-            headers={"id": "1", "task": task.name, HEADER: header},
+            headers={"id": uuid.uuid4().hex, "task": task.name, HEADER: header},
             properties={},
             delivery_info={},
             body=b"[]",
