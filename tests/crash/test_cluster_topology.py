@@ -113,6 +113,7 @@ def test_provisioning_while_a_leader_is_elected(
     assert first.publish("user.created", {})
 
 
+@pytest.mark.soak
 def test_from_one_replica_to_three(cluster: NatsCluster, make_app: MakeApp, names: Names) -> None:
     """What is stored is copied; the consumer follows its stream."""
     one = make_app(num_replicas=1)
