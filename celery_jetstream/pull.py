@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 EXPIRES = 30.0
 #: Seconds between two signs of life of an open request; 2.5 of them without one, and it is lost.
 HEARTBEAT = 2.0
-RETRY_PAUSE = (0.25, 2.0)
+RETRY_PAUSE = (0.25, 1.0)
 #: Seconds over which what comes one by one is gathered while much is coming.
 GATHER_INTERVAL = 0.05
 #: Seconds that the end may take: hearing what the server had sent already.
@@ -265,7 +265,7 @@ class Pull:
         self._forget_requests()
 
     async def _pause(self) -> None:
-        """From 0.25 to 2 s, longer each time until something comes."""
+        """From 0.25 to 1 s, longer each time until something comes."""
         least, most = RETRY_PAUSE
         await asyncio.sleep(min(most, least * 2 ** min(self._trouble, 8)) * random.uniform(0.5, 1))
         self._trouble += 1

@@ -22,7 +22,7 @@ __all__ = ("Push",)
 
 logger = logging.getLogger(__name__)
 
-RETRY_PAUSE = (0.25, 2.0)
+RETRY_PAUSE = (0.25, 1.0)
 #: Seconds that the end may take: hearing what the server had sent already.
 STOP_TIMEOUT = 1.0
 
