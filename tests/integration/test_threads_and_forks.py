@@ -136,7 +136,7 @@ def test_children_publish_while_the_parents_threads_do(
     make_source: Callable[..., Source], postgresql: Database
 ) -> None:
     """Forked in mid-publish, with an outbox in use: nothing of the parent's is used or closed."""
-    source = make_source(postgresql)
+    source = make_source(postgresql, jetstream_outbox_lease=2)
     jetstream = source.jetstream
     by_the_outbox(jetstream, ["first"])
     stop, ids = threading.Event(), ["first"]
@@ -167,7 +167,7 @@ def test_children_publish_while_the_parents_threads_do(
     stop.set()
     threads.join(30)
     assert not threads.is_alive()
-    source.wait_flushed(20)
+    source.wait_flushed(30)
     assert sorted(source.stored()) == sorted(ids)
 
 
