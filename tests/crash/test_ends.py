@@ -65,10 +65,6 @@ class HandBacks:
 # -- a bridge --------------------------------------------------------------------------------------
 
 
-# expected to pass once Pull.stop() hands back what is in flight, and in nats-py's queue
-@pytest.mark.xfail(
-    reason="what is on its way to a bridge that ends waits for ack_wait", strict=False
-)
 def test_a_bridge_ends_while_messages_come_in(make_stack: Any, rounds: int) -> None:
     """It is told so when it has just begun to fill up; the next gets all of that at once."""
     stack = make_stack(**SETTINGS)
