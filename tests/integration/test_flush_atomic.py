@@ -15,11 +15,14 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
 from celery_jetstream import breaker, flusher, publisher, signals
+from celery_jetstream.capabilities import ATOMIC_BATCHES
 from celery_jetstream.sqltypes import db_now
 from tests.conftest import Names
 from tests.databases import Database
 from tests.flushing import Flushing, Responder, Threads, in_order, statements
 from tests.servers import NatsServer, need, wait_until
+
+pytestmark = pytest.mark.needs_nats(ATOMIC_BATCHES)
 
 Make = Callable[..., Flushing]
 

@@ -71,18 +71,13 @@ class Queue:
         async def go() -> Any:
             session = await self.stack.hub.connection.session()
             inbox = session.client.new_inbox()
-            answer = asyncio.get_running_loop().create_future()
-
-            async def receive(message: Any) -> None:
-                answer.set_result(message)
-
-            subscription = await session.subscribe(inbox, receive)
+            answers = await session.client.subscribe(inbox)
             try:
                 subject = f"$JS.API.CONSUMER.MSG.NEXT.{consumer}"
                 await session.publish(subject, asked, reply=inbox)
-                return await asyncio.wait_for(answer, timeout)
+                return await answers.next_msg(timeout)
             finally:
-                await subscription.unsubscribe()
+                await answers.unsubscribe()
 
         return self.stack.hub.connection.run(go)
 
@@ -325,7 +320,7 @@ def test_without_a_limit_it_asks_one_question(make_queue: Any) -> None:
 
     async def listen() -> None:
         session = await queue.stack.hub.connection.session()
-        await session.subscribe("$JS.API.>", receive)
+        await session.client.subscribe("$JS.API.>", cb=receive)
 
     async def receive(message: Any) -> None:
         asked.append(message.subject)
