@@ -5,12 +5,14 @@ Receives the settings; hands on the stream and the consumers to ask for. Pure.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .config import Config
 from .sources import Source
 from .specs import ConsumerSpec, StreamSpec
-from .subjects import durable_name, publish_subject
+from .subjects import covered, durable_name, publish_subject
 
-__all__ = ("consumer_specs", "may_share", "stream_spec")
+__all__ = ("consumer_specs", "stream_spec")
 
 
 def stream_spec(config: Config) -> StreamSpec:
@@ -25,29 +27,34 @@ def stream_spec(config: Config) -> StreamSpec:
     )
 
 
-def may_share(config: Config) -> bool:
-    """Whether several sources could share a consumer: those without settings of their own."""
-    return len(_sharing(config)) > 1
-
-
-def consumer_specs(config: Config, *, shared: bool = False) -> tuple[ConsumerSpec, ...]:
+def consumer_specs(
+    config: Config, *, can_share: bool = False, found: Sequence[str] | None = None
+) -> tuple[ConsumerSpec, ...]:
     """The consumers that take the app's messages.
 
     The first is called ``{app_name}-workers``; of each other one the source's name is behind that.
+    Sources without settings of their own share the first. But a consumer that is there gets no
+    further subject: it has passed what that had before, and would never deliver it. Such a source
+    has a consumer of its own.
 
     Args:
         config: the settings.
-        shared: one consumer for all sources without settings of their own: the server must know
-            ``filter_subjects``. Else each source has one.
+        can_share: the server knows ``filter_subjects``. Else each source has one.
+        found: the subjects of the first consumer, where it is there; patterns go.
     """
-    sharing = _sharing(config)
-    groups = [[source] for source in config.sources if source.has_settings]
-    groups[:0] = [sharing] if shared and sharing else [[source] for source in sharing]
-    return tuple(_spec(config, group, number) for number, group in enumerate(groups))
+    plain = [source for source in config.sources if not source.has_settings]
+    if found is not None:
+        there = [s for s in config.sources if covered(_subject(config, s), found)]
+        main = [source for source in there if source in plain] or there[:1]
+    else:
+        main = plain if can_share else plain[:1]
+    main = main or [config.sources[0]]
+    rest = [[source] for source in config.sources if source not in main]
+    return tuple(_spec(config, group, number) for number, group in enumerate([main, *rest]))
 
 
-def _sharing(config: Config) -> list[Source]:
-    return [source for source in config.sources if not source.has_settings]
+def _subject(config: Config, source: Source) -> str:
+    return publish_subject(source.name, config.app_name)
 
 
 def _spec(config: Config, group: list[Source], number: int) -> ConsumerSpec:
@@ -56,7 +63,7 @@ def _spec(config: Config, group: list[Source], number: int) -> ConsumerSpec:
     return ConsumerSpec(
         stream=config.stream_name,
         durable=durable_name(config.app_name, source),
-        filter_subjects=tuple(publish_subject(one.name, config.app_name) for one in group),
+        filter_subjects=tuple(_subject(config, one) for one in group),
         ack_wait=config.ack_wait,
         max_ack_pending=head.max_ack_pending or config.max_ack_pending,
         batch_size=head.batch_size or config.batch_size,

@@ -21,7 +21,7 @@ from . import plans, signals, specs, status, topology
 from .capabilities import has_filter_subjects
 from .config import Config
 from .connection import Connection
-from .consumers import consumer_specs, may_share, stream_spec
+from .consumers import consumer_specs, stream_spec
 from .direct import Direct
 from .events import Event
 from .exceptions import ConfigurationError, EventError, NotConnectedError
@@ -389,15 +389,14 @@ class JetStream:
                 whether they can share a consumer.
         """
         config = self.config
-        each = consumer_specs(config)
-        if not may_share(config):
+        first, *others = each = consumer_specs(config)
+        if not others:
             return each
         session = await self.connection.session()
-        if not has_filter_subjects(session.server_version):
-            return each
-        # made when the server was older, or when a source had settings of its own: they stay
-        operation = f"CONSUMER.INFO.{config.stream_name}.{each[1].durable}"
-        return consumer_specs(config, shared="error" in await self._api(operation, {}))
+        can_share = has_filter_subjects(session.server_version)
+        answer = await self._api(f"CONSUMER.INFO.{first.stream}.{first.durable}", {})
+        found = specs.filters(answer["config"]) if "config" in answer else None
+        return consumer_specs(config, can_share=can_share, found=found)
 
     async def _ensure(self) -> plans.Plan:
         return await topology.ensure(self._api, stream_spec(self.config), *await self.consumers())

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, NoReturn
 
 from .exceptions import DriftError
-from .specs import NANOSECONDS, Configuration
+from .specs import NANOSECONDS, Configuration, filters
+from .subjects import covered
 
 __all__ = ("Change", "Difference", "Ignored", "Plan", "compare")
 
@@ -27,6 +28,10 @@ _DURATIONS = ("duplicate_window", "max_age", "ack_wait", "backoff", "idle_heartb
 _FIXED = {
     "stream": ("storage", "retention", "mirror", "sealed", "no_ack"),
     "consumer": ("ack_policy", "deliver_policy", "replay_policy", "deliver_subject"),
+}
+_WHY = {
+    "deliver_subject": " (a push consumer)",
+    "filter_subjects": " (it would never deliver what others have now: it has passed that)",
 }
 _REMEDY = {
     "stream": "name another stream (jetstream_stream_name), or empty and delete this one: "
@@ -126,7 +131,11 @@ def compare(
         for key, value in wanted.items()
         if not _same(found.get(key), value)
     )
-    if found and (drift := [d for d in differences if d.field in _FIXED[kind]]):
+    drift = [d for d in differences if d.field in _FIXED[kind]]
+    there = filters(found)
+    if kind == "consumer" and not all(covered(subject, there) for subject in filters(wanted)):
+        drift.append(Difference("filter_subjects", there, filters(wanted)))
+    if found and drift:
         _raise_drift(kind, name, drift, stream)
     action: Action = "create" if not found else "update" if differences else "none"
     merged = {key: value for key, value in {**found, **wanted}.items() if value is not None}
@@ -136,7 +145,7 @@ def compare(
 def _raise_drift(kind: Kind, name: str, drift: Sequence[Difference], stream: str) -> NoReturn:
     faults = "; ".join(
         f"{key} must be {_text(key, wanted)}, found {_text(key, found)}"
-        + (" (a push consumer)" if key == "deliver_subject" and found else "")
+        + _WHY.get(key if found else "", "")
         for key, found, wanted in drift
     )
     raise DriftError(

@@ -9,9 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .subjects import matches
+from .subjects import covered
 
-__all__ = ("IDLE_HEARTBEAT", "NANOSECONDS", "Configuration", "ConsumerSpec", "StreamSpec")
+__all__ = (
+    "IDLE_HEARTBEAT",
+    "NANOSECONDS",
+    "Configuration",
+    "ConsumerSpec",
+    "StreamSpec",
+    "filters",
+)
 
 Configuration = dict[str, Any]
 """A stream's or a consumer's configuration in the server's own words; durations in nanoseconds."""
@@ -68,7 +75,7 @@ class StreamSpec:
         """The subjects wanted that no pattern of the stream covers."""
         there = found.get("subjects") or ()
         wanted = dict.fromkeys(self.subjects)  # each once, in order
-        return [subject for subject in wanted if not any(matches(p, subject) for p in there)]
+        return [subject for subject in wanted if not covered(subject, there)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +135,12 @@ class ConsumerSpec:
             "flow_control": True,
             "idle_heartbeat": _nanoseconds(IDLE_HEARTBEAT),
         }
+
+
+def filters(consumer: Configuration) -> list[str]:
+    """The subjects of a consumer; patterns where it was made so, ``>`` where it takes all."""
+    found: list[str] = consumer.get("filter_subjects") or [consumer.get("filter_subject") or ">"]
+    return found
 
 
 def _nanoseconds(seconds: float) -> int:

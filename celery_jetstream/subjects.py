@@ -15,12 +15,14 @@ the value, the value and the rule.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from .exceptions import SubjectError, shown
 
 __all__ = (
     "MAX_LENGTH",
     "consume_subject",
+    "covered",
     "dead_letter_subject",
     "durable_name",
     "fault",
@@ -189,6 +191,11 @@ def matches(pattern: str, subject: str) -> bool:
     return len(wanted) == len(tokens) and all(
         want in ("*", token) for want, token in zip(wanted, tokens, strict=True)
     )
+
+
+def covered(subject: str, patterns: Iterable[str]) -> bool:
+    """Tell whether a concrete ``subject`` falls under one of the ``patterns``."""
+    return any(matches(pattern, subject) for pattern in patterns)
 
 
 def overlap(a: str, b: str) -> bool:

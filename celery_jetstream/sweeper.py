@@ -32,6 +32,7 @@ from .exceptions import NotConnectedError
 from .session import Session
 from .settlement import DeadLetter
 from .settler import Settler
+from .specs import filters
 
 __all__ = ("Sweeper",)
 
@@ -312,7 +313,7 @@ class _State:
         return cls(
             max_deliver=config.get("max_deliver", -1),
             ack_wait=config.get("ack_wait", 0) / 1e9,
-            filters=tuple(config.get("filter_subjects") or [config.get("filter_subject") or ">"]),
+            filters=tuple(filters(config)),
             created=info["created"],
             passed=passed,
         )

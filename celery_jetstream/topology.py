@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 from .exceptions import NotConnectedError, SubjectOverlapError, TopologyError
 from .plans import Change, Ignored, Plan, compare
-from .specs import Configuration, ConsumerSpec, StreamSpec
+from .specs import Configuration, ConsumerSpec, StreamSpec, filters
 from .subjects import overlap
 
 __all__ = ("Api", "ensure", "plan")
@@ -256,10 +256,9 @@ async def _rivals(api: Api, spec: ConsumerSpec) -> str:
     rivals = []
     async for other in _pages(api, f"CONSUMER.LIST.{spec.stream}", "consumers", spec.stream):
         config = other["config"]
-        filters = config.get("filter_subjects") or [config.get("filter_subject") or ">"]
-        ours = product(filters, spec.filter_subjects)
+        ours = product(filters(config), spec.filter_subjects)
         if other["name"] != spec.durable and any(overlap(*pair) for pair in ours):
-            rivals.append(f"{other['name']!r} ({', '.join(filters)})")
+            rivals.append(f"{other['name']!r} ({', '.join(filters(config))})")
     return " and ".join(rivals) or "another"
 
 

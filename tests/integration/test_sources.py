@@ -122,6 +122,27 @@ def test_consumers_made_by_an_older_server_stay(
     assert consumers(app) == before
 
 
+@in_both_modes
+def test_what_a_new_source_had_sent_before_is_handled(
+    nats_server: NatsServer, make_stack: MakeStack, make_app: MakeApp, names: Names, direct: bool
+) -> None:
+    """A consumer that got its subject later would have passed it, and nobody would see it."""
+    late = f"late-{names.app_name}"
+    app = make_app(nats_server.url, late, names.app_name)
+    app.provision()
+    before = publish(app, 10)
+    stack = make_stack(direct=direct)
+    published = stack.publish("order.paid", 10)
+    (worker,) = stack.start()
+    stack.wait_handled(10)
+    wait_until(lambda: stack.consumer()["num_ack_pending"] == 0, 30, "all to be settled")
+    worker.stop()
+    stack.settings["jetstream_sources"] = [names.destination_app, late]
+    stack.start()
+    stack.wait_handled(20)
+    handled_once(stack, [*before, *published])
+
+
 def test_a_source_that_another_consumer_takes_is_an_error_with_its_name(
     nats_server: NatsServer, make_app: MakeApp, names: Names
 ) -> None:

@@ -303,7 +303,6 @@ def test_the_consumer_is_brought_to_what_is_wanted(
         await ensure(api, stream)
         await api.make_consumer(
             consumer,
-            filter_subject=stream.subjects[0],
             max_deliver=5,
             backoff=[1 * SECOND, 2 * SECOND],
             max_ack_pending=7,
@@ -312,7 +311,6 @@ def test_the_consumer_is_brought_to_what_is_wanted(
         done = await ensure(api, stream, consumer)
 
         assert done.changes[1].lines()[1:] == [
-            f"    filter_subject: {stream.subjects[0]} -> {consumer.filter_subjects[0]}",
             "    ack_wait: 1 s -> 30 s",
             "    max_ack_pending: 7 -> 1000",
             "    max_deliver: 5 -> -1",
@@ -320,11 +318,27 @@ def test_the_consumer_is_brought_to_what_is_wanted(
             "    headers_only: True -> not set",
         ]
         found = await api.consumer(consumer)
-        assert found["filter_subject"] == consumer.filter_subjects[0]
         assert (found["ack_wait"], found["max_ack_pending"]) == (30 * SECOND, 1000)
         assert found["max_deliver"] == -1
         assert "backoff" not in found
         assert "headers_only" not in found
+
+    talk(server, body)
+
+
+def test_a_consumer_gets_no_further_subject(
+    server: NatsServer, stream: StreamSpec, consumer: ConsumerSpec
+) -> None:
+    """The server allows it, and then never delivers what the subject had before."""
+
+    async def body(api: Api) -> None:
+        await ensure(api, stream)
+        await api.make_consumer(consumer, filter_subject=stream.subjects[0])
+        with pytest.raises(DriftError) as caught:
+            await ensure(api, stream, consumer)
+        wanted, there = consumer.filter_subjects[0], stream.subjects[0]
+        assert f"filter_subjects must be {wanted}, found {there} (it would" in str(caught.value)
+        assert (await api.consumer(consumer))["filter_subject"] == there
 
     talk(server, body)
 

@@ -7,67 +7,51 @@ from typing import Any
 import pytest
 
 from celery_jetstream.config import Config
-from celery_jetstream.consumers import consumer_specs, may_share, stream_spec
+from celery_jetstream.consumers import consumer_specs, stream_spec
 
 
 def read(**settings: Any) -> Config:
     return Config(**{"app_name": "api", "destination_app": "worker", **settings})
 
 
-def layout(config: Config, *, shared: bool) -> dict[str, tuple[str, ...]]:
-    return {spec.durable: spec.filter_subjects for spec in consumer_specs(config, shared=shared)}
-
-
 SEVERAL = ["billing", "crm", "worker"]
 MIXED = {"crm": {"max_ack_pending": 10}, "billing": None, "worker": {}}
+EACH = {"": ["billing"], "-crm": ["crm"], "-worker": ["worker"]}
+OF_CRM = {"": ["crm"], "-billing": ["billing"], "-worker": ["worker"]}
 
 
 @pytest.mark.parametrize(
-    ("settings", "shared", "expected"),
+    ("sources", "can_share", "found", "expected"),
     [
-        ({}, False, {"api-workers": ["worker"]}),
-        ({}, True, {"api-workers": ["worker"]}),
-        ({"sources": ["crm"]}, True, {"api-workers": ["crm"]}),
-        ({"sources": SEVERAL}, True, {"api-workers": SEVERAL}),
-        (
-            {"sources": SEVERAL},
-            False,
-            {
-                "api-workers": ["billing"],
-                "api-workers-crm": ["crm"],
-                "api-workers-worker": ["worker"],
-            },
-        ),
-        (
-            {"sources": MIXED},
-            True,
-            {"api-workers": ["billing", "worker"], "api-workers-crm": ["crm"]},
-        ),
-        (
-            {"sources": MIXED},
-            False,
-            {
-                "api-workers": ["billing"],
-                "api-workers-worker": ["worker"],
-                "api-workers-crm": ["crm"],
-            },
-        ),
+        (None, False, None, {"": ["worker"]}),
+        (None, True, None, {"": ["worker"]}),
+        (["crm"], True, None, {"": ["crm"]}),
+        (SEVERAL, True, None, {"": SEVERAL}),
+        (SEVERAL, False, None, EACH),
+        (MIXED, True, None, {"": ["billing", "worker"], "-crm": ["crm"]}),
+        (MIXED, False, None, EACH),
+        # what is there stays, and gets no further subject
+        (SEVERAL, True, ["billing"], EACH),
+        (SEVERAL, True, ["crm"], OF_CRM),
+        (SEVERAL, True, ["crm", "billing"], {"": ["billing", "crm"], "-worker": ["worker"]}),
+        (SEVERAL, True, SEVERAL, {"": SEVERAL}),
+        (SEVERAL, True, ["*"], {"": SEVERAL}),
+        (["crm", "worker"], True, SEVERAL, {"": ["crm", "worker"]}),
+        (MIXED, True, SEVERAL, {"": ["billing", "worker"], "-crm": ["crm"]}),
+        (MIXED, True, ["crm"], OF_CRM),
+        # of no source of ours: that is an error, where the server is asked
+        (SEVERAL, True, ["gone"], EACH),
     ],
 )
 def test_which_consumer_takes_what(
-    settings: dict[str, Any], shared: bool, expected: dict[str, list[str]]
+    sources: Any, can_share: bool, found: list[str] | None, expected: dict[str, list[str]]
 ) -> None:
-    found = layout(read(**settings), shared=shared)
-    assert found == {
-        durable: tuple(f"{source}.sync.api" for source in sources)
-        for durable, sources in expected.items()
+    there = None if found is None else [f"{name}.sync.api" for name in found]
+    specs = consumer_specs(read(sources=sources), can_share=can_share, found=there)
+    assert {spec.durable: set(spec.filter_subjects) for spec in specs} == {
+        f"api-workers{end}": {f"{source}.sync.api" for source in names}
+        for end, names in expected.items()
     }
-
-
-def test_those_with_settings_of_their_own_do_not_share() -> None:
-    assert not may_share(read())
-    assert may_share(read(sources=SEVERAL))
-    assert not may_share(read(sources={"a": None, "b": {"batch_size": 1}}))
 
 
 def test_what_is_set_for_a_source_is_its_consumers() -> None:
@@ -96,7 +80,7 @@ def test_push_consumers_deliver_to_subjects_of_their_own() -> None:
         "worker.sync.api.worker.crm",
         "worker.sync.api.worker.worker",
     ]
-    (shared,) = consumer_specs(read(**several, delivery_subject="to.me"), shared=True)
+    (shared,) = consumer_specs(read(**several, delivery_subject="to.me"), can_share=True)
     assert shared.deliver_subject == "to.me"
     wanted = shared.wanted()
     assert wanted["deliver_group"] == "api-workers"
