@@ -101,6 +101,8 @@ class _Run:
         begun = time.time()
         met = self._injector.fire(volley)
         over = time.time()
+        missed = [fault for fault in volley.faults if fault not in met]
+        self._result.notes += [f"{fault.name} met nobody" for fault in missed]
         flows = self._flows(str(volley))
         self._result.firings.append(Firing(begun, over, time.time(), met))
         return flows
