@@ -178,6 +178,8 @@ class _Run:
             for end in service.ends:
                 if end.wrong:
                     self._violation(f"{end.service}: {end.wrong}; {end.log.name}")
+                elif end.celerys_own:
+                    self._result.notes.append(f"{end.service} ended by Celery's own defect")
                 elif not end.signals:
                     self._result.notes.append(f"{end.service} gave up with {end.status} at start")
         for process in self._chain._processes:
