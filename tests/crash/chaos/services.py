@@ -17,8 +17,8 @@ __all__ = ("End", "Service", "children", "left_of")
 
 #: Seconds until what has ended is started again.
 RESTART = 0.3
-#: Celery 5.7.0 and kombu 5.7.0, by their own frames alone: after ``Connection.collect()`` has dropped
-#: the transport, a channel that could not be closed is closed once more, wants to restore its copies
+#: By frames of Celery 5.7.0 and kombu 5.7.0 alone: ``Connection.collect()`` has dropped the
+#: transport, a channel that could not be closed is closed once more, wants to restore its copies
 #: through that transport, and the worker ends with 1. When Redis goes away, and not each time.
 CELERYS_OWN = "Unrecoverable error: AttributeError(\"'NoneType' object has no attribute 'hostname"
 
