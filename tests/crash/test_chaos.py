@@ -19,7 +19,7 @@ from tests.servers import need
 from tests.stack import in_both_modes
 
 #: Volleys of a short run, and of each of many rounds.
-SHORT, LONG = 7, 20
+SHORT, LONG = 6, 20
 
 
 @in_both_modes

@@ -126,6 +126,12 @@ def test_a_process_that_is_left_running_is_found() -> None:
     assert left_of(mark) == []
 
 
+def test_a_known_defect_of_celerys_is_not_held_against_us() -> None:
+    log = Path(os.devnull)
+    assert End("worker", 1, 1, [], True, log).wrong
+    assert not End("worker", 1, 1, [], True, log, celerys_own=True).wrong
+
+
 # -- report ----------------------------------------------------------------------------------------
 
 

@@ -67,8 +67,6 @@ class Injector:
             return (yield from self._break_server(fault))
         if "child" in fault.what and "with" not in fault.what:
             return (yield from self._break_child(fault, signal.Signals[name]))
-        if fault.what == "beat" and self.chain.direct:
-            return (yield from self._break_beat(fault))
         return (yield from self._break_service(fault, signal.Signals[name]))
 
     # -- processes -------------------------------------------------------------------------------
@@ -113,14 +111,6 @@ class Injector:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGCONT)
         return True
-
-    def _break_beat(self, fault: Fault) -> Steps:
-        """``worker -B``: the last of its children to be forked. The worker does not replace it."""
-        service: Service = yield from self._there(Fault(fault.how, "flusher"))
-        beats = [pid for pid in children(service.pid) if _is_beat(pid)] if service.running else []
-        for pid in beats:
-            os.kill(pid, signal.SIGKILL)
-        return bool(beats)
 
     def _at_point(self, fault: Fault, *, parent: bool) -> Steps:
         armed = self.chain.points / fault.what
@@ -195,16 +185,6 @@ def _step(running: list[_Running]) -> bool:
 
 
 def _never() -> bool:
-    return False
-
-
-def _is_beat(pid: int) -> bool:
-    """Celery's beat is no child of the pool: it has imported the scheduler's database."""
-    with contextlib.suppress(OSError):
-        for link in os.listdir(f"/proc/{pid}/fd"):
-            with contextlib.suppress(OSError):
-                if os.readlink(f"/proc/{pid}/fd/{link}").endswith("schedule"):
-                    return True
     return False
 
 

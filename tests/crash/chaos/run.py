@@ -101,6 +101,8 @@ class _Run:
         begun = time.time()
         met = self._injector.fire(volley)
         over = time.time()
+        missed = [fault for fault in volley.faults if fault not in met]
+        self._result.notes += [f"{fault.name} met nobody" for fault in missed]
         flows = self._flows(str(volley))
         self._result.firings.append(Firing(begun, over, time.time(), met))
         return flows
@@ -176,6 +178,8 @@ class _Run:
             for end in service.ends:
                 if end.wrong:
                     self._violation(f"{end.service}: {end.wrong}; {end.log.name}")
+                elif end.celerys_own:
+                    self._result.notes.append(f"{end.service} ended by Celery's own defect")
                 elif not end.signals:
                     self._result.notes.append(f"{end.service} gave up with {end.status} at start")
         for process in self._chain._processes:

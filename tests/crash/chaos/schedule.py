@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-__all__ = ("BOTH", "BRIDGE", "DIRECT", "POINTS", "Fault", "Volley", "plan", "ways")
+__all__ = ("BOTH", "BRIDGE", "POINTS", "Fault", "Volley", "plan", "ways")
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ BOTH = (
     *(("SIGKILL", "Redis"), ("SIGSTOP", "Redis"), ("FLUSHALL", "Redis")),
     *(("SIGKILL", "PostgreSQL"), ("SIGSTOP", "PostgreSQL"), ("restart", "PostgreSQL")),
 )
+#: In direct mode there is no bridge, and beat is its flusher's (``worker -B``) and ends with it.
 BRIDGE = tuple((how, what) for how in _SIGNALS for what in ("bridge", "beat"))
-DIRECT = (("SIGKILL", "beat"),)
 
 #: Where a process is ended in the middle of something; in the name, what it is of.
 POINTS = (
@@ -92,7 +92,7 @@ def ways(direct: bool) -> list[tuple[str, str]]:
     points = POINTS if direct else (*POINTS, *BRIDGE_POINTS)
     return [
         *BOTH,
-        *(DIRECT if direct else BRIDGE),
+        *(() if direct else BRIDGE),
         *(("SIGKILL at", point) for point in points),
         *(("SIGKILL of the parent at", point) for point in PARENTS),
     ]
