@@ -46,6 +46,8 @@ logger = logging.getLogger(__name__)
 #: the most) is acked once more. Celery gives a child up ``worker_lost_wait`` (10 s) after its end.
 CHILD_ACKS_WITHIN = 30.0
 CHILD_ACKS_KEPT = 4096
+#: Seconds after its arrival in which a message is claimed.
+CLAIM_INTERVAL = 1.0
 #: A result reaches the main process as its repr.
 SETTLED_TEXT = repr(handlers.SETTLED)
 #: A message is handed back or begins, never both.
@@ -73,6 +75,7 @@ class JetStreamRequest(Request):
     settled = False
     #: Kept in progress no longer (held too long); its end settles it all the same.
     let_go = False
+    claimed = False
     _result_reference: Any = None
     _result: Any = None
 
@@ -268,8 +271,10 @@ def _say_expired(request: JetStreamRequest, late: float) -> None:
 class Keeper:
     """Keeps all messages that this worker holds in progress, and claims them.
 
-    Every ``ack_wait / 3`` seconds, in the loop thread. Bounded: a message whose task runs for
-    longer than its hard time limit, or ``jetstream_max_hold`` where it has none, is let go.
+    In the loop thread: each within a second of its arrival, so that what a killed worker had
+    fetched comes again by itself, and from then on every ``ack_wait / 3`` seconds. Bounded: a
+    message whose task runs for longer than its hard time limit, or ``jetstream_max_hold`` where
+    it has none, is let go.
     """
 
     def __init__(self, connection: Connection, settler: Settler, *, claimant: str) -> None:
@@ -286,6 +291,7 @@ class Keeper:
             maxlen=CHILD_ACKS_KEPT
         )
         self._running: Future[None] | None = None
+        self._kept = 0.0
 
     def hold(self, request: JetStreamRequest) -> None:
         """Called in the main thread for each copy received; does next to nothing."""
@@ -320,7 +326,7 @@ class Keeper:
 
     async def _run(self) -> None:
         while True:
-            await asyncio.sleep(self._config.ack_wait / 3)
+            await asyncio.sleep(min(CLAIM_INTERVAL, self._config.ack_wait / 3))
             try:
                 await self._tick()
             except NotConnectedError:
@@ -329,14 +335,17 @@ class Keeper:
                 logger.exception("keeping messages in progress failed; trying on")
 
     async def _tick(self) -> None:
-        replies = [
-            request.delivery.reply
-            for request in self.held()
-            if request.delivery is not None and not self._too_long(request)
-        ]
-        if replies:
+        now = time.monotonic()
+        all_due = now - self._kept > self._config.ack_wait / 3 - CLAIM_INTERVAL / 2
+        due = [r for r in self.held() if (all_due or not r.claimed) and not self._too_long(r)]
+        if due:
             session = await self._connection.session(timeout=1)
+            replies = [request.delivery.reply for request in due if request.delivery is not None]
             await keep_in_progress(session, replies, self._claimant)
+        for request in due:
+            request.claimed = True
+        if all_due:
+            self._kept = now
 
     def _too_long(self, request: JetStreamRequest) -> bool:
         limit = request.time_limits[0] or request.task.time_limit

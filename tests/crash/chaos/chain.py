@@ -59,10 +59,17 @@ class Chain(Stack):
         servers: running.
         direct: workers take their messages from JetStream themselves.
         bridges: how many, where they do not.
+        push: the server sends the messages to the bridges.
     """
 
     def __init__(
-        self, directory: Path, servers: Servers, *, direct: bool, bridges: int = 1
+        self,
+        directory: Path,
+        servers: Servers,
+        *,
+        direct: bool,
+        bridges: int = 1,
+        push: bool = False,
     ) -> None:
         suffix = uuid.uuid4().hex[:8]
         names = Names(f"bank-{suffix}", f"shop-{suffix}", f"stream-{suffix}")
@@ -75,6 +82,7 @@ class Chain(Stack):
             names,
             direct=direct,
             jetstream_database_url=servers.postgres.url("bank"),
+            jetstream_consumer_mode="push" if push else "pull",
             **{**CELERY, **BANK},
         )
         self.servers = servers
@@ -221,11 +229,13 @@ class Chain(Stack):
 
 
 @contextmanager
-def running_chain(directory: Path, *, direct: bool, bridges: int = 1) -> Iterator[Chain]:
+def running_chain(
+    directory: Path, *, direct: bool, bridges: int = 1, push: bool = False
+) -> Iterator[Chain]:
     """A chain with its servers; all of it ends with the block."""
     with ExitStack() as stack:
         servers = stack.enter_context(running_servers())
-        chain = Chain(directory, servers, direct=direct, bridges=bridges)
+        chain = Chain(directory, servers, direct=direct, bridges=bridges, push=push)
         stack.callback(chain.close)
         stack.callback(servers.heal)
         yield chain

@@ -66,10 +66,14 @@ class Result:
 
 
 def run(directory: Path, seed: int, *, direct: bool, volleys: int, say: Any = print) -> Result:
-    """Runs a seed's plan against a chain of its own; an odd seed's has two bridges."""
+    """Runs a seed's plan against a chain of its own.
+
+    An odd seed's has two bridges, and that of each third is in push mode.
+    """
     result = Result("direct" if direct else "bridge", seed, volleys)
     say(f"\nchaos: {result.replay}")
-    with running_chain(directory, direct=direct, bridges=1 + seed % 2) as chain:
+    options = {"bridges": 1 + seed % 2, "push": seed % 3 == 0 and not direct}
+    with running_chain(directory, direct=direct, **options) as chain:
         _Run(chain, result, say).go(plan(seed, direct, volleys))
     return result
 
