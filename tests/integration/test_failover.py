@@ -177,14 +177,14 @@ def test_a_long_upload_over_a_slow_link_is_no_hang(
         connection.close()
 
 
-def test_a_subscription_that_ended_without_a_word_is_noticed(
+def test_a_receiver_that_cancels_is_noticed(
     nats_server: NatsServer, connect_to: Callable[..., Connection]
 ) -> None:
     connection = connect_to(nats_server.url)
     session = session_of(connection)
     subject = f"say.{uuid.uuid4().hex}"
 
-    async def cancelled(_: object) -> None:
+    def cancelled(_: object) -> None:
         raise asyncio.CancelledError
 
     connection.run(session.subscribe, subject, cancelled)
@@ -264,8 +264,9 @@ def echoes(connection: Connection) -> bool:
         session = await connection.session()
         subject = f"echo.{uuid.uuid4().hex}"
 
-        async def answer(message: Any) -> None:
-            await message.respond(message.data)
+        def answer(message: Any) -> None:
+            session.post(message.reply, message.data, {}, None)
+            session.flush()
 
         await session.subscribe(subject, answer)
         return (await session.ask(subject, b"x")).data == b"x"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import itertools
 import json
 import multiprocessing
@@ -124,6 +125,7 @@ _inherited: list[JetStream] = []
 
 
 def publish_in_a_child(ids: list[str], by_outbox: bool) -> None:
+    faulthandler.dump_traceback_later(20, exit=True)  # a child that hangs says where
     (jetstream,) = _inherited
     one_by_one(jetstream, ids)
     if by_outbox:
