@@ -480,6 +480,8 @@ _instances: weakref.WeakSet[JetStream] = weakref.WeakSet()
 
 
 def _forget_in_child() -> None:
+    for name in signals.__all__:  # a thread that is not here may have been sending one
+        getattr(signals, name).lock = threading.Lock()
     for jetstream in list(_instances):
         jetstream._forget()
 

@@ -22,7 +22,7 @@ from tests.crash import faults
 from tests.crash.shops import Shop
 from tests.databases import Database
 from tests.servers import PostgresServer, RedisServer
-from tests.stack import WORKER, CeleryProcess, Stack, handled_once
+from tests.stack import WORKER, CeleryProcess, Stack, handled_once, in_both_modes
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -85,11 +85,8 @@ def test_a_bridge_ends_while_messages_come_in(make_stack: Any, rounds: int) -> N
 # -- workers ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "direct",
-    [pytest.param(False, marks=pytest.mark.soak), True],
-    ids=["bridge", "direct"],
-)
+@pytest.mark.soak
+@in_both_modes
 def test_workers_end_under_load(make_stack: Any, rounds: int, direct: bool) -> None:
     """Of two pools, one told twice: Celery takes the second SIGTERM for the first."""
     stack = make_stack(direct=direct, **SETTINGS)
@@ -221,24 +218,17 @@ class Fleet:
         return [process.wait() for process in self.processes]
 
 
-@pytest.mark.parametrize(
-    ("direct", "group"),
-    [
-        (False, False),
-        pytest.param(False, True, marks=pytest.mark.soak),
-        pytest.param(True, False, marks=pytest.mark.soak),
-        pytest.param(True, True, marks=pytest.mark.soak),
-    ],
-    ids=["bridge", "bridge-group", "direct", "direct-group"],
-)
+@pytest.mark.soak
+@pytest.mark.parametrize("group", [False, True], ids=["alone", "group"])
+@in_both_modes
 def test_killed_where_the_grace_is_too_short(
     make_bank: Callable[..., Bank], rounds: int, direct: bool, group: bool
 ) -> None:
     """Handlers take longer than it: each has its effect once, by the next worker at the latest.
 
-    The grace is Kubernetes' least sensible, 10 s; in a short run 1.5 s.
+    The grace is Kubernetes' least sensible.
     """
-    grace = 10.0 if rounds > 1 else 1.5
+    grace = 10.0
     bank = make_bank(direct=direct)
     fleet = Fleet(bank)
     events: list[str] = []

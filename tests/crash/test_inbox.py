@@ -22,7 +22,7 @@ from tests.banking import Bank
 from tests.conftest import Names
 from tests.crash import faults
 from tests.servers import PostgresServer, RedisServer
-from tests.stack import in_both_modes, in_both_modes_soak
+from tests.stack import in_both_modes_soak
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -217,7 +217,7 @@ def test_the_database_is_restarted_in_mid_handler(
         bank.exactly_once(events, "the database restarted in mid-handler")
 
 
-@in_both_modes
+@in_both_modes_soak
 def test_the_database_is_away_for_ten_times_the_retry_span(
     make_bank: MakeBank, own_postgres: PostgresServer, direct: bool
 ) -> None:

@@ -162,6 +162,7 @@ def test_redis(make_stack: Any, own_redis: RedisServer, rounds: int) -> None:
 # -- nobody there, and clocks --------------------------------------------------------------------
 
 
+@pytest.mark.soak
 def test_no_worker_for_ten_leases(make_stack: Any) -> None:
     """The bridge dispatches again and again; for JetStream that stays one delivery."""
     lease = 2.0

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from celery_jetstream import JetStream
+from celery_jetstream import JetStream, signals
 from celery_jetstream.testing import NatsServer, wait_until
 from tests.conftest import Names
 from tests.databases import Database
@@ -171,6 +171,30 @@ def test_children_publish_while_the_parents_threads_do(
     assert not threads.is_alive()
     source.wait_flushed(30)
     assert sorted(source.stored()) == sorted(ids)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_forked_while_another_thread_sends_a_signal(
+    make_source: Callable[..., Source],
+) -> None:
+    """Celery's signals have a lock, held for a moment by who sends one that somebody receives."""
+    source = make_source()
+    _inherited[:] = [source.jetstream]
+
+    def receiver(**_: Any) -> None: ...
+
+    signals.before_event_publish.connect(receiver)
+    child = multiprocessing.get_context("fork").Process(
+        target=publish_in_a_child, args=(["child"], False), daemon=True
+    )
+    try:
+        with signals.before_event_publish.lock:
+            child.start()
+        child.join(30)
+        assert child.exitcode == 0, "it waits for a thread that is not there"
+    finally:
+        signals.before_event_publish.disconnect(receiver)
+    assert source.stored() == ["child"]
 
 
 def test_a_pools_children_publish_while_threads_of_the_main_process_do(
