@@ -32,8 +32,10 @@ HEARTBEAT = 2.0
 RETRY_PAUSE = (0.25, 1.0)
 #: Seconds over which what comes one by one is gathered while much is coming.
 GATHER_INTERVAL = 0.05
-#: Seconds that the end may take: hearing what the server had sent already.
+#: Seconds that the end may take, twice: for what is coming, and for the server's answer.
 STOP_TIMEOUT = 1.0
+#: Seconds without a message after which none of what is asked for is on its way.
+QUIET = 0.1
 
 #: A limit of the consumer's, set by an administrator.
 _LIMIT = re.compile(r"Exceeded (MaxRequestBatch|MaxRequestExpires) of (\d+)")
@@ -92,7 +94,7 @@ class Pull:
         self._missing = False
         self._refusal = False
         self._trouble = 0
-        self._stopping = False
+        self._ending = self._stopping = False
 
     def more(self, *, soon: bool = False) -> None:
         """There is room again: asks for more, at once or soon (with what comes until then).
@@ -139,10 +141,15 @@ class Pull:
             pause = min(RETRY_PAUSE[1], pause * 2)
 
     async def stop(self) -> None:
-        """Takes the interest away first, so that nothing handed back comes to us again.
+        """Takes the interest away, so that nothing handed back comes to us again; 2 s at the most.
 
-        What the server had sent before is still handed to ``on_message``; 1 s at the most.
+        What the server has begun to send is still handed to ``on_message``. It would be dropped
+        without interest, so what is asked for may come first, as long as it does.
         """
+        self._ending = True
+        end = time.monotonic() + STOP_TIMEOUT
+        while self._asked and time.monotonic() < min(end, self._heard + QUIET):
+            await asyncio.sleep(QUIET / 10)
         self._stopping = True
         await self._end(STOP_TIMEOUT)
         self._wake.set()
@@ -201,7 +208,7 @@ class Pull:
         await session.publish(self._subject, json.dumps(request).encode(), reply=reply)
 
     def _wanted(self) -> int:
-        return min(self._batch, self._room()) - self._asked
+        return 0 if self._ending else min(self._batch, self._room()) - self._asked
 
     def _forget_requests(self) -> None:
         self._requests.clear()

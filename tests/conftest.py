@@ -69,7 +69,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    items.sort(key=_folder_rank)
+    items.sort(key=_rank)
     many_rounds = config.getoption("--rounds") > 1
     for item in items:
         if many_rounds and "crash" in item.path.parts:
@@ -80,6 +80,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if (version := nats_version()) and not capabilities.has(version, marker.args[0]):
                 reason = f"nats-server {version} has no {marker.args[0]}"
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _rank(item: pytest.Item) -> tuple[int, bool]:
+    """Chaos, which takes longest, is not to be what all others have to be waited for with."""
+    return _folder_rank(item), item.path.name != "test_chaos.py"
 
 
 def _folder_rank(item: pytest.Item) -> int:

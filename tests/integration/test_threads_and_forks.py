@@ -7,6 +7,8 @@ import faulthandler
 import itertools
 import json
 import multiprocessing
+import os
+import signal
 import sys
 import threading
 import uuid
@@ -124,8 +126,30 @@ def test_threads_publish_in_every_way_at_once(
 _inherited: list[JetStream] = []
 
 
+@pytest.fixture(autouse=True)
+def stacks(tmp_path: Path) -> Iterator[Path]:
+    """Where a child that hangs says where it does, at SIGUSR1."""
+    path = tmp_path / "stacks"
+    with path.open("w") as file:
+        faulthandler.register(signal.SIGUSR1, file=file)
+        _stacks[:] = [path]
+        yield path
+        faulthandler.unregister(signal.SIGUSR1)
+
+
+_stacks: list[Path] = []
+
+
+def ends_well(child: Any) -> None:
+    child.join(30)
+    if child.exitcode is None:
+        os.kill(child.pid, signal.SIGUSR1)
+        wait_until(lambda: "most recent call" in _stacks[0].read_text(), 5, "its stack")
+        pytest.fail(f"a child hangs:\n{_stacks[0].read_text()}")
+    assert child.exitcode == 0
+
+
 def publish_in_a_child(ids: list[str], by_outbox: bool) -> None:
-    faulthandler.dump_traceback_later(20, exit=True)  # a child that hangs says where
     (jetstream,) = _inherited
     one_by_one(jetstream, ids)
     if by_outbox:
@@ -162,8 +186,7 @@ def test_children_publish_while_the_parents_threads_do(
         children.append(context.Process(target=publish_in_a_child, args=(own, True), daemon=True))
         children[-1].start()
     for child in children:
-        child.join(30)
-        assert child.exitcode == 0, "a child hangs, or failed"
+        ends_well(child)
     before = len(ids)
     wait_until(lambda: len(ids) > before + 20, 20, "the parent to publish still")
     stop.set()
@@ -190,8 +213,7 @@ def test_a_child_forked_while_another_thread_sends_a_signal(
     try:
         with signals.before_event_publish.lock:
             child.start()
-        child.join(30)
-        assert child.exitcode == 0, "it waits for a thread that is not there"
+        ends_well(child)
     finally:
         signals.before_event_publish.disconnect(receiver)
     assert source.stored() == ["child"]
