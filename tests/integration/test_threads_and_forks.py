@@ -7,11 +7,13 @@ import faulthandler
 import itertools
 import json
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import sys
 import threading
 import uuid
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -124,6 +126,12 @@ def test_threads_publish_in_every_way_at_once(
 # -- forks -----------------------------------------------------------------------------------------
 
 _inherited: list[JetStream] = []
+
+
+@pytest.fixture(autouse=True)
+def _nothing_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a child kombu closes what other tests' apps had open, and asks brokers that are gone."""
+    monkeypatch.setattr(multiprocessing.util, "_afterfork_registry", weakref.WeakValueDictionary())
 
 
 @pytest.fixture(autouse=True)
