@@ -794,7 +794,7 @@ def test_credentials_that_are_renewed_late(
     connection = with_creds(connect_to, trusting_server, operator)
     connection.connect()
     wait_until(lambda: connection.state == "reconnecting", 20, "the state to tell")
-    assert "expired at 2" in str(connection.last_error)
+    wait_until(lambda: "expired at 2" in str(connection.last_error), 5, "the reason")
     assert "renew the creds file" in str(connection.last_error)
 
     def attempts() -> int:

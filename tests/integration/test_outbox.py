@@ -407,10 +407,10 @@ def test_it_waits_until_its_time_by_the_databases_clock(shop: Shop) -> None:
         late = shop.outbox.add(connection, **EVENT, delay=0.6)
         now = shop.outbox.add(connection, **EVENT)
         never = shop.outbox.add(connection, **EVENT, delay="1h")
-    assert shop.drain().sent == 1
+    shop.drain()
     first = shop.stored()
     assert first == [now] or time.monotonic() - started > 0.5
-    wait_until(lambda: shop.drain().sent, 10, "the delay to pass")
+    wait_until(lambda: (shop.drain(), len(shop.stored()) > 1)[1], 10, "the delay to pass")
     assert time.monotonic() - started >= 0.59
     assert shop.stored() == [now, late]
     assert shop.drain().sent == 0
