@@ -6,6 +6,7 @@ ends when it is told to (a line on its standard input).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -23,6 +24,7 @@ from typing import NoReturn
 from celery import Celery
 
 from celery_jetstream import JetStream, signals
+from celery_jetstream.exceptions import NotConnectedError
 
 app = Celery("leaver", broker="memory://")
 app.conf.update(json.loads(os.environ["LEAVER_CONF"]))
@@ -128,8 +130,9 @@ def gevent() -> None:
     assert jetstream.publish("leaver.first", {}).success
 
     def publish() -> None:
-        while jetstream.publish("leaver.busy", {}):
-            pass
+        with contextlib.suppress(NotConnectedError):
+            while jetstream.publish("leaver.busy", {}):
+                pass
 
     for _ in range(4):
         threading.Thread(target=publish, daemon=True).start()

@@ -513,7 +513,7 @@ def at_a_hung_server_with_publishes_that_wait(stage: Stage) -> Connection:
     """More than nats-py's own buffer takes, where it forces a flush."""
     connection = at_a_hung_server(stage)
     session = session_of(connection)
-    for _ in range(20):
+    for _ in range(60):  # the kernel may take 10 MB of it
         connection.submit(session.ask, "any.thing", b"x" * 500_000)
     wait_until(lambda: session.client.pending_data_size > 2**21, 10, "the buffer to be full")
     return connection
