@@ -295,7 +295,9 @@ class Connection:
         finally:
             with self._lock:
                 if self._loop is loop:  # not by close(): SystemExit in a callback
-                    self._loop, self._state = None, DISCONNECTED
+                    self._loop = None
+                if self._loop is None:  # again: the supervisor may have told of a loss meanwhile
+                    self._state = DISCONNECTED
             with contextlib.suppress(Exception):
                 loop.run_until_complete(self._shut_down(supervisor))
             asyncio.set_event_loop(None)
