@@ -186,7 +186,8 @@ class Bridge:
                 "the workers' claims the bridge would send running tasks again; allow it"
             )
         self._intakes = [self._intake(consumer) for consumer in self._consumers]
-        sweepers = [self._sweeper(consumer) for consumer in self._consumers]
+        settler = self.jetstream.settler
+        sweepers = [Sweeper(self.jetstream.connection, settler, c) for c in self._consumers]
         coroutines = [self._keep(), *(one.run() for one in (*self._intakes, *sweepers))]
         self._tasks = [asyncio.get_running_loop().create_task(one) for one in coroutines]
 
@@ -210,15 +211,6 @@ class Bridge:
             on_missing=on_missing,
             # a source that has nothing to send holds a request all the same
             batch=min(consumer.batch_size, max(1, WINDOW // len(self._consumers))),
-        )
-
-    def _sweeper(self, consumer: ConsumerSpec) -> Sweeper:
-        return Sweeper(
-            self.jetstream.connection,
-            self.jetstream.settler,
-            consumer.stream,
-            consumer.durable,
-            ack_wait=consumer.ack_wait,
         )
 
     def _room(self) -> int:

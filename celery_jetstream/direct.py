@@ -170,17 +170,9 @@ class Intake:
         consumers = await self._consumers()
         self._feeds = [Feed(self, consumer) for consumer in consumers]
         runs = [feed.pull.run() for feed in self._feeds]
-        runs += [self._sweeper(consumer).run() for consumer in consumers]
+        connection, settler = self._jetstream.connection, self._jetstream.settler
+        runs += [Sweeper(connection, settler, consumer).run() for consumer in consumers]
         await asyncio.gather(*runs, self._keep(), self._look_again())
-
-    def _sweeper(self, consumer: ConsumerSpec) -> Sweeper:
-        return Sweeper(
-            self._jetstream.connection,
-            self._jetstream.settler,
-            consumer.stream,
-            consumer.durable,
-            ack_wait=consumer.ack_wait,
-        )
 
     async def _consumers(self) -> tuple[ConsumerSpec, ...]:
         """Waits for a server where that must be asked."""

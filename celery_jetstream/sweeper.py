@@ -32,7 +32,7 @@ from .exceptions import NotConnectedError
 from .session import Session
 from .settlement import DeadLetter
 from .settler import Settler
-from .specs import filters
+from .specs import ConsumerSpec, filters
 
 __all__ = ("Sweeper",)
 
@@ -58,26 +58,21 @@ class Sweeper:
     Args:
         connection: the process's.
         settler: the process's.
-        stream: the stream's name.
-        consumer: the durable's name.
-        ack_wait: seconds in which a worker that has a message says so; the consumer's own where
-            that is longer.
+        consumer: whose; a worker that has a message says so within its ``ack_wait`` (or the
+            server's, where that is longer).
     """
 
     def __init__(
         self,
         connection: Connection,
         settler: Settler,
-        stream: str,
-        consumer: str,
-        *,
-        ack_wait: float,
+        consumer: ConsumerSpec,
     ) -> None:
         self._connection = connection
         self._settler = settler
-        self._stream = stream
-        self._consumer = consumer
-        self._ack_wait = self._patience = ack_wait
+        self._stream = consumer.stream
+        self._consumer = consumer.durable
+        self._ack_wait = self._patience = consumer.ack_wait
         self._wake = asyncio.Event()
         self._session: Session | None = None
         self._created = ""

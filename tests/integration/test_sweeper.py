@@ -15,6 +15,7 @@ import pytest
 from celery import Celery
 
 from celery_jetstream import JetStream
+from celery_jetstream.consumers import consumer_specs
 from celery_jetstream.sweeper import Sweeper
 from celery_jetstream.testing import NatsServer, wait_until
 from tests.conftest import Names
@@ -43,13 +44,8 @@ class Queue:
         desk = JetStream(app)
         self._apps.append(desk)
         desk.connect()
-        sweeper = Sweeper(
-            desk.connection,
-            desk.settler,
-            self.names.stream_name,
-            f"{self.names.app_name}-workers",
-            ack_wait=ACK_WAIT,
-        )
+        (consumer,) = consumer_specs(desk.config)
+        sweeper = Sweeper(desk.connection, desk.settler, consumer)
         desk.connection.submit(sweeper.run)
         return desk
 
