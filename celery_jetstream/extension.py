@@ -84,6 +84,7 @@ class JetStream:
         self._lock = threading.Lock()
         self._runtime: Runtime | None = None
         self._ensured = 0.0
+        self._consumers: tuple[specs.ConsumerSpec, ...] = ()
         self._ensuring: asyncio.Task[None] | None = None
         app.jetstream = self
         app.steps["worker"].add(CheckSettings)
@@ -384,11 +385,16 @@ class JetStream:
     async def consumers(self) -> tuple[specs.ConsumerSpec, ...]:
         """The consumers that bring this app's events. Loop thread.
 
+        Found once, and kept: one of several that is deleted is made again as it was, and not with
+        the subjects of the others.
+
         Raises:
             NotConnectedError: there are several sources, and the server is not there to be asked
                 whether they can share a consumer.
         """
         config = self.config
+        if self._consumers:
+            return self._consumers
         first, *others = each = consumer_specs(config)
         if not others:
             return each
@@ -396,7 +402,8 @@ class JetStream:
         can_share = has_filter_subjects(session.server_version)
         answer = await self._api(f"CONSUMER.INFO.{first.stream}.{first.durable}", {})
         found = specs.filters(answer["config"]) if "config" in answer else None
-        return consumer_specs(config, can_share=can_share, found=found)
+        self._consumers = consumer_specs(config, can_share=can_share, found=found)
+        return self._consumers
 
     async def _ensure(self) -> plans.Plan:
         return await topology.ensure(self._api, stream_spec(self.config), *await self.consumers())

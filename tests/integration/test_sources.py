@@ -143,6 +143,21 @@ def test_what_a_new_source_had_sent_before_is_handled(
     handled_once(stack, [*before, *published])
 
 
+def test_one_of_several_that_is_deleted_is_made_again_as_it_was(
+    nats_server: NatsServer, make_app: MakeApp, names: Names
+) -> None:
+    one, two = (f"{name}-{names.app_name}" for name in ("one", "two"))
+    make_app(nats_server.url, names.app_name, one).provision()
+    app = make_app(nats_server.url, names.app_name, one, jetstream_sources=[one, two])
+    app.provision()
+    before = consumers(app)
+    assert len(before) == 2
+    operation = f"CONSUMER.DELETE.{names.stream_name}.{names.app_name}-workers"
+    assert app.connection.run(app._api, operation, {})["success"]
+    app.provision()
+    assert consumers(app) == before
+
+
 def test_a_source_that_another_consumer_takes_is_an_error_with_its_name(
     nats_server: NatsServer, make_app: MakeApp, names: Names
 ) -> None:
