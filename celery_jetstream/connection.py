@@ -35,7 +35,7 @@ from .config import Config
 from .exceptions import ConnectionRefusedByServer, NotConnectedError
 from .rotation import Rotation, Server
 from .session import Client, Session, clients
-from .threads import NativeEvent, blocking, in_native_thread, start_native_thread, wait
+from .threads import NativeEvent, in_native_thread, start_native_thread, wait
 
 __all__ = ("Connection",)
 
@@ -122,10 +122,9 @@ class Connection:
         with self._lock:
             if self._loop is None:
                 started: ThreadFuture[asyncio.AbstractEventLoop] = ThreadFuture()
-                stopped = NativeEvent()
                 self._forget_attempts()
                 self._state = CONNECTING
-                start_native_thread(self._run_loop, started, self._stopped, stopped)
+                stopped = start_native_thread(self._run_loop, started, self._stopped)
                 self._loop, self._stopped = wait(started, None), stopped
             return self._loop
 
@@ -174,7 +173,7 @@ class Connection:
             if loop is None or stopped is None:
                 return
             loop.call_soon_threadsafe(loop.stop)
-        if _running_loop() is not loop and not blocking(stopped.wait, timeout):
+        if _running_loop() is not loop and not stopped.wait_among_greenlets(timeout):
             logger.warning("the NATS connection's thread did not end in %g s", timeout)
 
     def run(
@@ -281,7 +280,6 @@ class Connection:
         self,
         started: ThreadFuture[asyncio.AbstractEventLoop],
         before: NativeEvent | None,
-        stopped: NativeEvent,
     ) -> None:
         loop = asyncio.new_event_loop()  # here: under gevent it belongs to the thread's own hub
         started.set_result(loop)
@@ -302,7 +300,6 @@ class Connection:
                 loop.run_until_complete(self._shut_down(supervisor))
             asyncio.set_event_loop(None)
             loop.close()
-            stopped.set()
 
     async def _shut_down(self, supervisor: asyncio.Task[None]) -> None:
         supervisor.cancel()

@@ -6,14 +6,15 @@ import contextlib
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, TypeVar
 
 __all__ = (
     "NativeEvent",
     "Wake",
-    "blocking",
     "in_native_thread",
     "native_lock",
     "start_native_thread",
@@ -23,14 +24,16 @@ __all__ = (
 T = TypeVar("T")
 
 
-def _gevent_hub() -> Any:
-    """gevent's hub where gevent has patched threading, else None."""
-    monkey = sys.modules.get("gevent.monkey")
-    if monkey is None or not monkey.is_module_patched("threading"):
-        return None
-    import gevent
+#: Seconds; for what is waited for without an end.
+A_WHILE = 60.0
+#: Seconds between two looks of a greenlet at what an operating-system thread does.
+LOOK_INTERVAL = 0.005
 
-    return gevent.get_hub()
+
+def _gevent_monkey() -> Any:
+    """``gevent.monkey`` where gevent has patched threading, else None."""
+    monkey = sys.modules.get("gevent.monkey")
+    return monkey if monkey is not None and monkey.is_module_patched("threading") else None
 
 
 def native_lock() -> Any:
@@ -44,17 +47,45 @@ def native_lock() -> Any:
     return monkey.get_original("_thread", "allocate_lock")()
 
 
-def start_native_thread(target: Callable[..., None], *args: Any) -> None:
+def start_native_thread(target: Callable[..., None], *args: Any) -> NativeEvent:
     """Starts an operating-system thread, also where gevent has replaced threads by greenlets.
 
     In a greenlet the running loop would be seen by the whole thread, and every ``asyncio.run``
-    of a handler would fail.
+    of a handler would fail. It is no thread of gevent's pool either: those stand on greenlets from
+    their first frame on, and one that wakes while the interpreter is taken down corrupts the heap
+    (Python before 3.14 unwinds it, and greenlet's destructors then run without the GIL).
+
+    Returns:
+        Set when it has ended, and has left nothing of gevent's behind.
     """
-    hub = _gevent_hub()
-    if hub is not None:
-        hub.threadpool.spawn(target, *args)
+    ended = NativeEvent()
+    monkey = _gevent_monkey()
+    if monkey is None:
+        run = partial(_run, target, args, ended)
+        threading.Thread(target=run, name="jetstream-nats", daemon=True).start()
     else:
-        threading.Thread(target=target, args=args, name="jetstream-nats", daemon=True).start()
+        monkey.get_original("_thread", "start_new_thread")(_run_without_hub, (target, args, ended))
+    return ended
+
+
+def _run(target: Callable[..., None], args: tuple[Any, ...], ended: NativeEvent) -> None:
+    try:
+        target(*args)
+    finally:
+        ended.set()
+
+
+def _run_without_hub(
+    target: Callable[..., None], args: tuple[Any, ...], ended: NativeEvent
+) -> None:
+    """Under gevent an asyncio loop, and a lock that another thread held, make a hub."""
+    import gevent
+
+    try:
+        target(*args)
+    finally:
+        gevent.get_hub().destroy(destroy_loop=True)
+        ended.set()
 
 
 def in_native_thread(function: Callable[[], T]) -> Future[T]:
@@ -76,30 +107,21 @@ def in_native_thread(function: Callable[[], T]) -> Future[T]:
 
 
 def wait(future: Future[T], timeout: float | None) -> T:
-    """The future's result, waited for at most ``timeout`` seconds."""
-    return blocking(future.result, timeout)
+    """The future's result, waited for at most ``timeout`` seconds; under gevent others go on.
 
+    Raises:
+        concurrent.futures.TimeoutError: there is none in time.
+    """
+    if _gevent_monkey() is None:
+        return future.result(timeout)
+    import gevent.event
 
-def blocking(function: Callable[..., T], *args: Any) -> T:
-    """Calls what blocks a native thread; under gevent the other greenlets go on."""
-    hub = _gevent_hub()
-    if hub is None:
-        return function(*args)
-    result: T
-    result, error = hub.threadpool.apply(_attempt, (function, args))
-    if error is not None:
-        raise error
-    return result
-
-
-def _attempt(
-    function: Callable[..., T], args: tuple[Any, ...]
-) -> tuple[T | None, Exception | None]:
-    """Returns what is raised: gevent writes all that its threads raise to stderr."""
-    try:
-        return function(*args), None
-    except Exception as error:
-        return None, error
+    loop, done = gevent.get_hub().loop, gevent.event.Event()
+    future.add_done_callback(lambda _: loop.run_callback_threadsafe(done.set))
+    while not done.wait(A_WHILE if timeout is None else timeout):  # a timer keeps the loop alive
+        if timeout is not None:
+            break
+    return future.result(0)
 
 
 class NativeEvent:
@@ -119,6 +141,15 @@ class NativeEvent:
         if is_set:
             self._unset.release()
         return is_set
+
+    def wait_among_greenlets(self, timeout: float) -> bool:
+        """As :meth:`wait`; under gevent the other greenlets go on."""
+        if _gevent_monkey() is None:
+            return self.wait(timeout)
+        ends = time.monotonic() + timeout
+        while not self.wait(0) and time.monotonic() < ends:
+            time.sleep(LOOK_INTERVAL)
+        return self.wait(0)
 
 
 class Wake:
