@@ -24,7 +24,7 @@ from . import signals
 from .acks import PAUSE_HEADER, is_claim, keep_in_progress
 from .deadletter import Original, fetch_original
 from .delivery import Delivery
-from .dispatcher import Dispatcher
+from .dispatcher import Dispatcher, depth
 from .exceptions import CeleryJetStreamError, ConfigurationError, NotConnectedError
 from .inflight import Flight, InFlight
 from .pauses import Pauses
@@ -416,9 +416,9 @@ class Bridge:
             lost = self._flights.overdue(now)
             queues = self._flights.queues_to_check()
         for queue in queues:
-            depth = self._dispatcher.depth(queue)
+            waiting = depth(self.app, queue)
             with self._lock:
-                found = self._flights.found(queue, depth, time.monotonic())
+                found = self._flights.found(queue, waiting, time.monotonic())
             lost += [flight for flight in found if flight not in lost]  # it may be overdue as well
         if lost:
             self._dispatch_again(lost)

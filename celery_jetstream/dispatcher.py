@@ -21,7 +21,7 @@ from .handlers import EVENT_ID, EVENT_TYPE, HEADER, LEASE, Handlers
 from .inflight import Flight
 from .settlement import DeadLetter, Nak, Settlement
 
-__all__ = ("Dispatcher", "TaskMessages", "header_of", "queue_of")
+__all__ = ("Dispatcher", "TaskMessages", "depth", "header_of", "queue_of")
 
 logger = logging.getLogger(__name__)
 
@@ -116,17 +116,6 @@ class Dispatcher:
         except BaseException:
             self.close()
             raise
-
-    def depth(self, queue: str) -> int:
-        """Messages in a queue; 1 where the transport cannot say (then only the lease counts)."""
-        with self._app.connection_for_write() as connection, connection.channel() as channel:
-            try:
-                return int(channel.queue_declare(queue=queue, passive=True).message_count)
-            except connection.channel_errors as error:
-                # Redis has no key for an empty list, and kombu answers 404 (NOT_FOUND)
-                return 0 if getattr(error, "code", None) == 404 or "404" in str(error) else 1
-            except NotImplementedError:
-                return 1
 
     def close(self) -> None:
         """Drops the broker connection; does not wait for the broker."""
@@ -226,6 +215,22 @@ def header_of(flight: Flight) -> dict[str, Any]:
         EVENT_ID: flight.event_id,
         EVENT_TYPE: flight.envelope.get("event_type"),
     }
+
+
+def depth(app: Celery, queue: str) -> int:
+    """Messages in a queue; 1 where the transport cannot say.
+
+    Raises:
+        Exception: what the broker's client raises.
+    """
+    with app.connection_for_write() as connection, connection.channel() as channel:
+        try:
+            return int(channel.queue_declare(queue=queue, passive=True).message_count)
+        except connection.channel_errors as error:
+            # Redis has no key for an empty list, and kombu answers 404 (NOT_FOUND)
+            return 0 if getattr(error, "code", None) == 404 or "404" in str(error) else 1
+        except NotImplementedError:
+            return 1
 
 
 def queue_of(app: Celery, task: Any) -> str:

@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from celery import Celery, bootsteps
@@ -29,6 +29,7 @@ from .handlers import Handlers
 from .publisher import Message, Publisher, PublishResult
 from .request import HandBack, Keeper
 from .runtime import Runtime
+from .schedule import Schedule
 from .session import NoResponders
 from .settler import Settler
 
@@ -49,11 +50,6 @@ SEND_GRACE = 5.0
 ENSURE_INTERVAL = 2.0
 #: Seconds that whoever found it missing waits for that.
 ENSURE_PATIENCE = 1.0
-
-FLUSH, PRUNE = "celery_jetstream.flush_outbox", "celery_jetstream.prune_outbox"
-PRUNE_INBOX = "celery_jetstream.prune_inbox"
-#: Seconds between two prunings.
-PRUNE_INTERVAL = 600.0
 
 Middleware = Callable[[Event, Callable[[Event], Any]], Any]
 
@@ -90,11 +86,7 @@ class JetStream:
         app.steps["worker"].add(CheckSettings)
         app.steps["consumer"].add(HandBack)
         app.steps["consumer"].add(Direct)
-        self._scheduled: dict[str, Any] = {}
-        app.on_after_finalize.connect(self._schedule, weak=False)
-        celery_signals.import_modules.connect(self._schedule, sender=app)
-        if app.finalized:
-            self._schedule()
+        self._schedule = Schedule(app)
         _instances.add(self)
 
     def __repr__(self) -> str:
@@ -294,50 +286,6 @@ class JetStream:
         """
         return self._process.inbox
 
-    def _send_flush(self) -> None:
-        self.app.send_task(FLUSH, retry=False, ignore_result=True, **self._flush_options())
-
-    def _flush_options(self) -> dict[str, Any]:
-        """Where flushes go. Without ``expires``: a worker whose clock is ahead would drop them."""
-        return _options(self.config.outbox_flush_interval, self.config.outbox_queue)
-
-    def _schedule(self, **_: Any) -> None:
-        """Puts the flush and the pruning into beat's schedule; an entry of the user's stays.
-
-        Again when beat or a worker starts, for settings that were made later.
-        """
-        conf, before = self.app.conf, self._scheduled
-        self._scheduled = ours = self._entries()
-        if ours or before:
-            found = conf.beat_schedule.items()
-            users = {name: entry for name, entry in found if entry is not before.get(name)}
-            conf.beat_schedule = {**ours, **users}
-
-    def _entries(self) -> dict[str, Any]:
-        """What beat is to send."""
-        conf = self.app.conf
-        if not (conf.get("jetstream_database_url") or conf.get("jetstream_session_factory")):
-            return {}
-        try:
-            config = Config.from_app(self.app)
-        except ConfigurationError:
-            return {}  # said where the settings are used
-        entries: list[tuple[str, str, float, str | None]] = []
-        if config.outbox_beat:
-            name, queue = config.outbox_beat_name, config.outbox_queue
-            entries.append((name, FLUSH, config.outbox_flush_interval, queue))
-            entries.append((f"{name}.prune", PRUNE, PRUNE_INTERVAL, queue))
-        if config.inbox_beat and self._uses_inbox(config):
-            entries.append((PRUNE_INBOX, PRUNE_INBOX, PRUNE_INTERVAL, config.inbox_queue))
-        return {
-            name: {"task": task, "schedule": every, "options": _options(every, queue)}
-            for name, task, every, queue in entries
-        }
-
-    def _uses_inbox(self, config: Config) -> bool:
-        tasks = self.app.tasks.values() if self.app.finalized else ()
-        return config.use_inbox or any(getattr(task, "inbox", None) is True for task in tasks)
-
     # -- topology --------------------------------------------------------------------------------
 
     def provision(self, *, dry_run: bool = False) -> plans.Plan:
@@ -455,18 +403,14 @@ class JetStream:
             config = self.config
             with self._lock:
                 if self._runtime is None:
-                    self._runtime = Runtime(config, self.ensure_topology, self._send_flush)
+                    send_flush = partial(self._schedule.send_flush, config)
+                    self._runtime = Runtime(config, self.ensure_topology, send_flush)
                 runtime = self._runtime
         return runtime
 
     def _forget(self) -> None:
         self._lock = threading.Lock()
         self._runtime = None
-
-
-def _options(every: float, queue: str | None) -> dict[str, Any]:
-    """How a task of beat's is sent; ``expiration`` is RabbitMQ's."""
-    return {"expiration": every} if queue is None else {"expiration": every, "queue": queue}
 
 
 class CheckSettings(bootsteps.Step):

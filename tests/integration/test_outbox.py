@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ from sqlalchemy.orm import (
 )
 
 from celery_jetstream import JetStream, publish_event, publish_on
+from celery_jetstream.dispatcher import depth
 from celery_jetstream.exceptions import (
     ConfigurationError,
     EventError,
@@ -60,6 +62,7 @@ from celery_jetstream.exceptions import (
 )
 from celery_jetstream.flusher import FlushResult
 from celery_jetstream.models import AT_ONCE, OutboxMixin
+from celery_jetstream.schedule import CROWDED
 from celery_jetstream.testing import NatsServer, free_port
 from tests.conftest import Names
 from tests.databases import Database
@@ -688,6 +691,28 @@ def test_a_process_without_a_connection_sends_the_task(sqlite: Database, names: 
         assert message.headers["task"] == "celery_jetstream.flush_outbox"
         assert message.headers["expires"] is None
         assert shop.jetstream.state == "disconnected"
+    finally:
+        shop.close()
+
+
+def test_a_process_sends_no_flushes_to_a_queue_that_nobody_takes_from(
+    sqlite: Database, names: Names, redis_server: RedisServer
+) -> None:
+    queue = f"outbox-{names.app_name}"
+    shop = nudged(
+        "nats://127.0.0.1:1", sqlite, names,
+        jetstream_outbox_queue=queue, broker_url=redis_server.url, broker_transport_options={},
+    )  # fmt: skip
+    try:
+        for _ in range(CROWDED):
+            shop.app.send_task("celery_jetstream.flush_outbox", queue=queue)
+        send_flush = partial(shop.jetstream._schedule.send_flush, shop.jetstream.config)
+        for _ in range(5):
+            send_flush()
+        assert depth(shop.app, queue) == CROWDED
+        with shop.app.connection_for_write() as broker:
+            broker.channel().queue_purge(queue)
+        wait_until(lambda: send_flush() or depth(shop.app, queue) > 0, 10, "a flush")
     finally:
         shop.close()
 
