@@ -30,17 +30,17 @@ class Verdict(str, Enum):
     """What became of a publish."""
 
     STORED = "stored"
-    """JetStream has it, or had it: a duplicate."""
+    """JetStream has it, or had it (a duplicate)."""
     OUTAGE = "outage"
     """Nobody's fault; try again for ever."""
     NO_STREAM = "no_stream"
-    """No stream takes the subject, or one elects its leader: an outage until confirmed."""
+    """No stream takes the subject, or one elects its leader; an outage until confirmed."""
     REFUSED = "refused"
     """This message, as it is, will never be stored."""
     UNKNOWN = "unknown"
-    """Anything else: an answer that is no PubAck, or none yet."""
+    """Anything else, such as an answer that is no PubAck, or none yet."""
     BEHIND = "behind"
-    """Not sent: an earlier one with the same key was not stored."""
+    """Not sent, since an earlier one with the same key was not stored."""
     QUEUED = "queued"
     """A row of the outbox, to be published."""
 
@@ -135,7 +135,7 @@ class PublishResult:
 
     @property
     def transient(self) -> bool:
-        """An outage, not a refusal: try again with the same ``event_id``."""
+        """An outage, not a refusal; try again with the same ``event_id``."""
         return self.verdict in TRANSIENT
 
     def raise_for_error(self) -> PublishResult:
