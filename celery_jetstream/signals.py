@@ -16,7 +16,7 @@ bridge_ready              when the bridge pulls for the first time            br
 bridge_shutting_down      when the bridge was told to stop                    bridge
 ========================  ==================================================  =====================================
 
-``sender`` is the JetStream, or (``message_…``) its settler, or (``outbox_…``) its flusher. Receivers run in
+``sender`` is the JetStream, or (message_…) its settler, or (outbox_…) its flusher. Receivers run in
 the thread that caused the signal: the publish signals in the caller's thread, the outbox's in the
 flush's, ``message_settled`` where the task ended, ``message_dead_lettered`` in the connection's
 loop thread (do not block there). A receiver that raises is logged by Celery's dispatcher and

@@ -41,6 +41,7 @@ html_show_sphinx = False
 html_copy_source = False
 
 myst_heading_anchors = 4
+myst_enable_extensions = ["tasklist"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
@@ -58,7 +59,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(?!celery_jetstream\b).*"),
     # types of attributes that are no business of users
-    ("py:class", r"celery_jetstream\.(config\.Config|handlers\.Handlers|.*\.(F|T|Headers))"),
+    ("py:class", r"celery_jetstream\..*\.(Config|Handlers|PayloadType|Headers|F|T)"),
 ]
 
 #: What stands beside the pages: caption and pages of each part. A new page of a folder is in.
