@@ -41,7 +41,7 @@ types: $(READY) ## mypy, strict
 imports: $(READY) ## imports point down, pure modules do no I/O
 	@.venv/bin/lint-imports --no-logo > .venv/imports.log 2>&1 || { cat .venv/imports.log; exit 1; }
 
-docs: $(READY) ## the docs as a site in build/docs; a broken link, or a page that nothing leads to, is an error
+docs: $(READY) ## the docs as a site, in build/docs; a broken link or a page that nothing leads to is an error
 	@$(PYTHON) docs/cli.py
 	@$(PYTHON) -m sphinx -q -W --keep-going -n -c docs . build/docs
 
