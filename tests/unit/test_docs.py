@@ -159,6 +159,12 @@ def test_every_error_code_that_decides_is_documented() -> None:
     assert documented.keys() <= there.keys(), documented.keys() - there.keys()
 
 
+def test_every_verdict_is_documented() -> None:
+    documented = {row[0] for row in _rows(REFERENCE / "errors.md")}
+    missing = {verdict.value for verdict in outcomes.Verdict} - documented
+    assert not missing, f"rows of 'Whose fault it is' in docs/reference/errors.md: {missing}"
+
+
 def test_every_metric_is_documented() -> None:
     if importlib.util.find_spec("celery_jetstream.catalogue") is None:
         pytest.skip("there are no metrics yet")
