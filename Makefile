@@ -44,6 +44,7 @@ imports: $(READY) ## imports point down, pure modules do no I/O
 docs: $(READY) ## the docs as a site, in build/docs; a broken link or a page that nothing leads to is an error
 	@$(PYTHON) docs/cli.py
 	@$(PYTHON) -m sphinx -q -W --keep-going -n -c docs . build/docs
+	@echo "docs: build/docs/docs/index.html"
 
 oldest: $(OLDEST)/.ready ## the settlement suite on the oldest Celery and nats-py that we support
 	@$(OLDEST)/bin/python -m pytest tests/unit/test_celery_internals.py \
