@@ -13,11 +13,11 @@ OLDEST := .venv-oldest
 ON_OLD_SERVER := tests/integration/test_settlement.py tests/integration/test_sweeper.py -k "not (settlement and direct)"
 PEERS := .venv-bench
 UV := $(shell command -v uv 2>/dev/null)
-SOURCES := celery_jetstream tests $(wildcard examples benchmarks)
+SOURCES := celery_jetstream tests $(wildcard examples benchmarks docs/*.py)
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types imports oldest old crash bench format lock clean
+.PHONY: help demo test check lint types imports docs oldest old crash bench format lock clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -28,7 +28,7 @@ demo: $(READY) ## two apps, an outbox, a bridge and real webhooks, with nothing 
 test: $(READY) ## unit, integration and short crash tests; ARGS="-k name", then in one process
 	@$(PYTHON) -m pytest $(if $(ARGS),$(ARGS),$(PARALLEL))
 
-check: lint types imports test ## what must be green before a commit
+check: lint types imports docs test ## what must be green before a commit
 
 lint: $(READY) ## style and spelling
 	@$(PYTHON) -m ruff check --quiet $(SOURCES)
@@ -40,6 +40,11 @@ types: $(READY) ## mypy, strict
 
 imports: $(READY) ## imports point down, pure modules do no I/O
 	@.venv/bin/lint-imports --no-logo > .venv/imports.log 2>&1 || { cat .venv/imports.log; exit 1; }
+
+docs: $(READY) ## the docs as a site, in build/docs; a broken link or a page that nothing leads to is an error
+	@$(PYTHON) docs/cli.py
+	@$(PYTHON) -m sphinx -q -W --keep-going -n -c docs . build/docs
+	@echo "docs: build/docs/docs/index.html"
 
 oldest: $(OLDEST)/.ready ## the settlement suite on the oldest Celery and nats-py that we support
 	@$(OLDEST)/bin/python -m pytest tests/unit/test_celery_internals.py \

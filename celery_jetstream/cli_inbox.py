@@ -54,8 +54,10 @@ def init(ctx: click.Context, sql: bool, **_: Any) -> None:
 
 
 @inbox.command("list", cls=CeleryCommand)
-@click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True)
-@click.option("--status", type=click.Choice(STATUSES))
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=50, show_default=True, help="At the most."
+)
+@click.option("--status", type=click.Choice(STATUSES), help="What was done.")
 @click.option("--type", "event_type", help="An event type, or a pattern: user.*, order.>")
 @click.option("--handler", help="The handler's task name, or its inbox_key.")
 @click.option("--older-than", type=duration, help="Changed so long ago or longer: 5m, 1h, 2d.")

@@ -104,7 +104,9 @@ def relay(ctx: click.Context, loglevel: Any, interval: float, once: bool, **opti
 
 
 @outbox.command("list", cls=CeleryCommand)
-@click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True)
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=50, show_default=True, help="At the most."
+)
 @click.option("--after", type=int, help="Go on after the row with this number.")
 @JSON
 @filter_options

@@ -135,7 +135,7 @@ class PublishResult:
 
     @property
     def transient(self) -> bool:
-        """An outage, not a refusal: try again with the same ``event_id``."""
+        """An outage, not a refusal; try again with the same ``event_id``."""
         return self.verdict in TRANSIENT
 
     def raise_for_error(self) -> PublishResult:
