@@ -59,6 +59,8 @@ class StreamSpec:
             "storage": "file",
             **dict.fromkeys(("mirror", "sealed", "no_ack")),
         }
+        if not found:  # a limit that an administrator sets later is not to drop what nobody handled
+            wanted["discard"] = "new"
         if self.num_replicas is not None:
             wanted["num_replicas"] = self.num_replicas
         if self.allow_atomic:

@@ -320,6 +320,7 @@ def test_a_blocking_call_in_the_loop_thread_is_an_error_and_no_deadlock(
     assert works(connection)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_call_leaves_nothing_behind(
     nats_server: NatsServer, connect_to: Callable[..., Connection]
 ) -> None:

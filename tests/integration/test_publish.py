@@ -453,6 +453,7 @@ def test_unanswered_publishes_are_forgotten(
     wait_until(lambda: not session._waiting, 10, "the unanswered to be forgotten")
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_publish_leaves_nothing_waiting(
     deaf_server: NatsServer, make_publishing: Callable[..., Publishing]
 ) -> None:

@@ -170,6 +170,7 @@ def test_makes_what_is_missing(
         made = await api.stream(stream.name)
         assert made["subjects"] == list(stream.subjects)
         assert (made["retention"], made["storage"]) == ("workqueue", "file")
+        assert made["discard"] == "new"
         assert made["num_replicas"] == 1
         assert made["duplicate_window"] == 120 * SECOND
         made = await api.consumer(consumer)
