@@ -28,6 +28,7 @@ from .dispatcher import Dispatcher
 from .exceptions import CeleryJetStreamError, ConfigurationError, NotConnectedError
 from .inflight import Flight, InFlight
 from .pauses import Pauses
+from .preflight import check_permissions
 from .pull import Pull
 from .push import Push
 from .session import Session
@@ -178,18 +179,20 @@ class Bridge:
 
     async def _start(self) -> None:
         session = await self.jetstream.connection.session()
+        await check_permissions(session, self.config, self._consumers, claims=True)
         await self._listen(session)
-        await session.round_trip(30)  # what the server denies comes before the answer
-        if "permissions violation" in str(session.error).lower():
-            raise ConfigurationError(
-                f"the NATS user may not subscribe to $JS.ACK.{self.config.stream_name}.>: without "
-                "the workers' claims the bridge would send running tasks again; allow it"
-            )
         self._intakes = [self._intake(consumer) for consumer in self._consumers]
         settler = self.jetstream.settler
-        sweepers = [Sweeper(self.jetstream.connection, settler, c) for c in self._consumers]
+        sweepers = [
+            Sweeper(self.jetstream.connection, settler, c, asks=self.config.auto_provision)
+            for c in self._consumers
+        ]
         coroutines = [self._keep(), *(one.run() for one in (*self._intakes, *sweepers))]
         self._tasks = [asyncio.get_running_loop().create_task(one) for one in coroutines]
+        await session.round_trip(STOP_TIMEOUT)
+        for intake in self._intakes:
+            if intake.denied:
+                raise intake.denied
 
     def _intake(self, consumer: ConsumerSpec) -> Pull | Push:
         connection, on_missing = self.jetstream.connection, self.jetstream.ensure_topology
@@ -211,6 +214,7 @@ class Bridge:
             on_missing=on_missing,
             # a source that has nothing to send holds a request all the same
             batch=min(consumer.batch_size, max(1, WINDOW // len(self._consumers))),
+            optional=consumer.optional,
         )
 
     def _room(self) -> int:
