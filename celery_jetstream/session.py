@@ -110,7 +110,8 @@ class Session:
             await self._open_inbox(timeout)
         except BaseException as error:
             self.client.abort()
-            if self.error is None or not isinstance(error, Exception):
+            ours = not isinstance(error, Exception) or isinstance(error, ConnectionRefusedByServer)
+            if self.error is None or ours:
                 raise
             # nats-py reports the cause to its callback and raises "no servers available"
             raise self.error from error

@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
-from celery_jetstream import breaker, flusher, publisher, signals
+from celery_jetstream import breaker, flusher, signals
 from celery_jetstream.capabilities import ATOMIC_BATCHES
 from celery_jetstream.sqltypes import db_now
 from tests.conftest import Names
