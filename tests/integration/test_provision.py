@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from celery_jetstream import JetStream
+from celery_jetstream.bridge import Bridge
 from celery_jetstream.cli_provision import provision
 from celery_jetstream.exceptions import DriftError
 from tests.conftest import Names
@@ -165,6 +166,25 @@ def test_a_source_that_came_later_is_found_without_asking(
     errand.desk = later
     errand.hub = errand.make(app_name=second, destination_app=names.app_name)
     errand.run(2)
+
+
+def test_consumers_that_may_be_missing_are_not_missed(
+    nats_server: NatsServer,
+    make_errand: Callable[..., Errand],
+    names: Names,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """All sources share one: the others, which there might be, are looked for in silence."""
+    sources = [names.destination_app, f"later-{names.app_name}"]
+    errand = make_errand(nats_server.url, auto_provision=False)
+    errand.desk = errand.make(sources=sources)
+    errand.desk.provision()
+    assert len(consumers(errand)) == 1
+    Bridge(errand.desk, once=True).run()
+    errand.run(2)
+    assert errand.desk.status()["problems"] == []
+    assert "is not there" not in caplog.text
+    assert "cannot pull" not in caplog.text
 
 
 # ── credentials of its own ───────────────────────────────────────────────────
