@@ -19,13 +19,19 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
 
 from . import signals
 from .acks import PAUSE_HEADER, is_claim, keep_in_progress
 from .deadletter import Original, fetch_original
 from .delivery import Delivery
 from .dispatcher import Dispatcher
-from .exceptions import CeleryJetStreamError, ConfigurationError, NotConnectedError
+from .exceptions import (
+    CeleryJetStreamError,
+    ConfigurationError,
+    NotConnectedError,
+    PermissionDeniedError,
+)
 from .inflight import Flight, InFlight
 from .pauses import Pauses
 from .preflight import check_permissions
@@ -51,6 +57,8 @@ LOOK_BATCH = 256
 WINDOW = 1000
 #: Seconds that the end may take: handing back, the last confirmations, the connection.
 STOP_TIMEOUT = 5.0
+#: Seconds until another try to hear the workers, where our user may not.
+DENIED_PAUSE = 5.0
 
 
 class Bridge:
@@ -238,8 +246,22 @@ class Bridge:
     async def _listen(self, session: Session) -> None:
         """Hears what workers (and other bridges) say about these consumers' messages."""
         for consumer in self._consumers:
-            subject = f"$JS.ACK.{consumer.stream}.{consumer.durable}.>"
-            await session.subscribe(subject, self._hear)
+            await self._listen_to(f"$JS.ACK.{consumer.stream}.{consumer.durable}.>", session)
+
+    async def _listen_to(self, subject: str, session: Session) -> None:
+        """Again and again where our user may not (any more): the session has said so."""
+        loop, heard = asyncio.get_running_loop(), list[Subscription]()
+
+        def again(_: PermissionDeniedError) -> None:
+            loop.call_later(DENIED_PAUSE, lambda: loop.create_task(listen()))
+
+        async def listen() -> None:
+            with contextlib.suppress(NotConnectedError):  # of a session that is over
+                await session.unsubscribe(heard.pop())
+                heard.append(await session.subscribe(subject, self._hear))
+
+        session.on_denial(subject, again)
+        heard.append(await session.subscribe(subject, self._hear))
 
     def _hear(self, message: Msg) -> None:
         with contextlib.suppress(ValueError):

@@ -18,6 +18,7 @@ __all__ = ("provision",)
 
 #: With --check: something would be changed. (1 is an error, 2 a wrong command line.)
 WOULD_CHANGE = 3
+ADVICE = "Or let an admin do it: --creds, --nkey, --user, or --nats-url"
 ROLES = ("run", "admin", "operator")
 
 _FILE = click.Path(exists=True, dir_okay=False)
@@ -87,7 +88,7 @@ def provision(
     Exit status: 0 when all is as it must be, or has been made so; 1 when that cannot be; with
     --check 3 when something is to be done.
     """
-    from .exceptions import CeleryJetStreamError
+    from .exceptions import CeleryJetStreamError, PermissionDeniedError
 
     if (roles or nsc) and not print_permissions:
         raise click.UsageError("--role and --nsc go with --print-permissions")
@@ -99,10 +100,13 @@ def provision(
         dry_run = dry_run or check
         plan = jetstream.provision(dry_run=dry_run, pair=pair, **_connection(jetstream, admin))
     except CeleryJetStreamError as error:
+        text = str(error)
+        if isinstance(error, PermissionDeniedError) and not any(admin.values()):
+            text += f". {ADVICE}"
         if as_json:
-            echo_json({"error": str(error)})
+            echo_json({"error": text})
             sys.exit(1)
-        raise click.ClickException(str(error)) from error
+        raise click.ClickException(text) from error
     finally:
         jetstream.close()
     if as_json:

@@ -111,6 +111,7 @@ class Push:
     async def _receive_all(self, session: Session) -> None:
         """Is a member of the group, until something is wrong with that."""
         self._session, self._heard = session, time.monotonic()
+        self._wake.clear()
         session.on_denial(self._subject, self._on_denial)
         self._subscription = await session.subscribe(self._subject, self._receive, self._group)
         try:

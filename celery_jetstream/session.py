@@ -119,15 +119,20 @@ class Session:
     async def _open_inbox(self, timeout: float) -> None:
         """Who may not hear answers would wait in vain for each: that is said at once."""
         self._prefix = self.client.new_inbox() + "."
-        denied: list[PermissionDeniedError] = []
-        self.on_denial(self._prefix + "*", denied.append)
+        self.on_denial(self._prefix + "*", self._on_deaf)
         await self.subscribe(self._prefix + "*", self._on_answer)
-        if not await self.round_trip(timeout):
-            raise self._cause or NotConnectedError("the NATS server did not answer in time")
-        if denied:
-            raise ConnectionRefusedByServer(
-                f"{denied[0]}; or set inbox_prefix in jetstream_nats_options to what it may hear"
-            )
+        answered = await self.round_trip(timeout)
+        if self._cause is not None:
+            raise self._cause
+        if not answered:
+            raise NotConnectedError("the NATS server did not answer in time")
+
+    def _on_deaf(self, error: PermissionDeniedError) -> None:
+        self._cause = ConnectionRefusedByServer(
+            f"{error}; or set inbox_prefix in jetstream_nats_options to what it may hear"
+        )
+        self.lost.set()
+        self._check.set()
 
     @property
     def safe_url(self) -> str:
@@ -398,7 +403,8 @@ class Session:
             inbox = self._prefix.rsplit(".", 2)[0]
             subject = to_allow(known or heard.get(lowered, lowered), inbox)
             error = PermissionDeniedError("subscribe to", subject)
-        self._tell_denied(f"{verb} {error.subject}", error)
+        if told is None or told != self._on_deaf:  # that ends the session, which says why
+            self._tell_denied(f"{verb} {error.subject}", error)
         if told is not None:
             told(error)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +15,10 @@ from typing import Any
 import pytest
 
 from celery_jetstream import JetStream
+from celery_jetstream import bridge as bridge_module
+from celery_jetstream import connection as connection_module
+from celery_jetstream import pull as pull_module
+from celery_jetstream import push as push_module
 from celery_jetstream.bridge import Bridge
 from celery_jetstream.config import Config
 from celery_jetstream.connection import Connection
@@ -29,7 +34,9 @@ from celery_jetstream.permissions import Role, as_conf
 from celery_jetstream.provisioning import roles
 from celery_jetstream.schema import create_outbox
 from celery_jetstream.settlement import DeadLetter
+from celery_jetstream.sweeper import Sweeper
 from tests.conftest import Names
+from tests.connections import session_of
 from tests.databases import Database
 from tests.errands import Errand
 from tests.servers import OLD_NATS_SERVER, NatsServer, RedisServer, need, wait_until
@@ -340,8 +347,12 @@ def test_a_user_who_may_not_hear_what_is_given_up_is_told_once(
 ) -> None:
     name = f"{missed.names.stream_name}.{missed.names.app_name}-workers"
     advisory = f"$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.{name}"
-    bridge = Bridge(desk(advisory), once=True)
-    bridge.run()
+    jetstream = desk(advisory)
+    connection, settler = jetstream.connection, jetstream.settler
+    (consumer,) = connection.run(jetstream.consumers)
+    for _ in range(2):
+        connection.run(Sweeper(connection, settler, consumer, asks=False)._look)
+        assert connection.run(session_of(connection).round_trip, 10)
     told = [line for line in caplog.messages if f"may not subscribe to {advisory}" in line]
     assert len(told) == 1
 
@@ -406,3 +417,70 @@ def test_what_is_missing_is_said_with_what_to_run(
         thread.join(10)
     finally:
         errand.close()
+
+
+PARCEL = {"event_type": "parcel.sent", "payload": {}}
+
+
+def working(bridge: Bridge) -> bool:
+    return bool(bridge._intakes and (bridge._intakes[0].asked or bridge._intakes[0].idle))
+
+
+def claims_heard(bridge: Bridge) -> set[int]:
+    subscriptions = bridge.jetstream.connection.run(
+        bridge.jetstream.connection.session
+    ).client._subs
+    return {number for number, one in subscriptions.items() if one.subject.startswith("$JS.ACK")}
+
+
+@pytest.mark.parametrize("mode", ["pull", "push"])
+def test_what_is_taken_away_while_it_runs_and_given_back(
+    names: Names,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: str,
+) -> None:
+    """By a reload of the server's configuration; nothing is restarted."""
+    need("nats")
+    for module in (bridge_module, pull_module, push_module):
+        monkeypatch.setattr(module, "DENIED_PAUSE", 0.3)
+    monkeypatch.setattr(connection_module, "REFUSED_DELAY", 0.3)
+    run, admin, _ = roles(config_of(names, consumer_mode=mode))
+    take = next(need for need in run.needs if need.name in ("pulling", "receiving"))
+    with Guarded(run, admin) as server:
+        errand = Errand(server.url_of("root"), names, consumer_mode=mode, auto_provision=False)
+        errand.desk = errand.make(nats_urls=server.url_of(run.name))
+        errand.hub.provision(nats_urls=server.url_of("root"))
+        errand.make().provision()
+        worker = errand.make()
+
+        def reload(*users: Role) -> None:
+            config = server.config.split("\n")[1]
+            body = f"authorization {{ users: [\n{config}\n{as_conf(users)}\n] }}"
+            (server.directory / "nats-server.conf").write_text(body)
+            os.kill(server.pid, signal.SIGHUP)
+
+        bridge = Bridge(errand.desk)
+        thread = threading.Thread(target=bridge.run, daemon=True)
+        thread.start()
+        try:
+            for missing in ((take.subscribe or take.publish)[0], *run.subscribe[-2:-1], "_INBOX.>"):
+                wait_until(lambda: working(bridge), 20, "messages to be taken")
+                caplog.clear()
+                reload(without(run, missing, run.name), admin)
+                many = 200 if "MSG.NEXT" in missing else 0  # what is asked for comes first
+                assert all(errand.hub.publish_batch([PARCEL] * many))
+                errand._settle(worker, many, [])
+                said = f"{missing.split()[0]}: have that allowed"
+                wait_until(lambda said=said: said in caplog.text, 20, said)
+                deaf = claims_heard(bridge) if missing.startswith("$JS.ACK") else set()
+                reload(run, admin)
+                if deaf:
+                    wait_until(lambda deaf=deaf: claims_heard(bridge) != deaf, 20, "ears")
+                assert errand.hub.publish("parcel.sent", {})
+                errand._settle(worker, 1, [])
+                wait_until(lambda: not bridge._flights.replies, 20, "the worker to be heard")
+        finally:
+            bridge.stop()
+            thread.join(10)
+            errand.close()

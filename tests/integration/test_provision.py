@@ -215,6 +215,7 @@ def test_an_admin_has_credentials_of_its_own(
     ).desk
     denied = run(desk, status=1)
     assert "Error: the NATS user may not publish to $JS.API.STREAM.INFO." in denied.output
+    assert "let an admin do it: --creds" in denied.output
     said = [run(desk, "--check", "--user", "admin", status=3, JETSTREAM_ADMIN_PASSWORD=SECRET)]
     url = f"nats://admin:{SECRET}@127.0.0.1:{two_users.port}"
     said += [run(desk, JETSTREAM_ADMIN_NATS_URL=url), run(desk, "--check", "--nats-url", url)]
