@@ -423,7 +423,7 @@ PARCEL = {"event_type": "parcel.sent", "payload": {}}
 
 
 def working(bridge: Bridge) -> bool:
-    return bool(bridge._intakes and (bridge._intakes[0].asked or bridge._intakes[0].idle))
+    return any(intake.asked or intake._subscription for intake in bridge._intakes)
 
 
 def claims_heard(bridge: Bridge) -> set[int]:
