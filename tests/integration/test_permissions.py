@@ -167,8 +167,8 @@ def test_processes_ask_nothing_of_jetstream_but_messages(
     """Handled, retried, dead by a worker and by the bridge, and stopped; with an inbox prefix."""
     need("nats")
     prefix = f"_INBOX_{names.app_name}"
-    config = config_of(names, consumer_mode=mode, nats_options={"inbox_prefix": prefix})
-    run, admin, _ = roles(config)
+    asks: dict[str, Any] = {"consumer_mode": mode, "nats_options": {"inbox_prefix": prefix}}
+    run, admin, _ = roles(config_of(names, **asks))
     with Guarded(run, admin) as server:
         stack = Stack(
             tmp_path,
@@ -177,15 +177,13 @@ def test_processes_ask_nothing_of_jetstream_but_messages(
             names,
             direct=direct,
             jetstream_auto_provision=False,
-            jetstream_consumer_mode=mode,
+            **{f"jetstream_{name}": value for name, value in asks.items()},
         )
         try:
             stack.settings["jetstream_nats_urls"] = server.url_of(run.name)
-            stack.settings["jetstream_nats_options"] = {"inbox_prefix": prefix}
-            provision = stack.celery(
-                "jetstream", "provision", "--user", admin.name, JETSTREAM_ADMIN_PASSWORD=PASSWORD
-            )
-            assert provision.wait(30) == 0, provision.text()
+            provisioning = Errand(server.url_of(admin.name), names, **asks)
+            provisioning.desk.provision()
+            provisioning.close()
             asked = quiet_api(server, prefix)
             stack.start()
             good = stack.publish("order.created", 20)
@@ -197,7 +195,7 @@ def test_processes_ask_nothing_of_jetstream_but_messages(
             handled_once(stack, good)
             reasons = sorted(letter["reason"] for letter in stack.dead_letters())
             assert reasons == ["no_handler", "unrecoverable_error"]
-            for process in stack._processes[1:]:
+            for process in stack._processes:
                 assert process.stop() == 0, process.text()
         finally:
             stack.close()
@@ -205,6 +203,7 @@ def test_processes_ask_nothing_of_jetstream_but_messages(
         pulls = {f"$JS.API.CONSUMER.MSG.NEXT.{durable}"} if mode == "pull" else set()
         reads = {f"$JS.API.STREAM.MSG.GET.{names.stream_name}"}
         assert set(asked) - reads == pulls
+        assert direct or reads <= set(asked)  # that of the worker's dead letter
         assert "iolation" not in server.log.read_text()
         assert PASSWORD not in "".join(process.text() for process in stack._processes)
 
