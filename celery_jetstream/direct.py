@@ -166,12 +166,13 @@ class Intake:
     # -- loop thread: in, and kept in progress ---------------------------------------------------
 
     async def _run(self) -> None:
-        await self._jetstream.ensure_topology()
+        await self._jetstream.ensure_topology(missing=False)
         consumers = await self._consumers()
         self._feeds = [Feed(self, consumer) for consumer in consumers]
         runs = [feed.pull.run() for feed in self._feeds]
         connection, settler = self._jetstream.connection, self._jetstream.settler
-        runs += [Sweeper(connection, settler, consumer).run() for consumer in consumers]
+        asks = self._config.auto_provision
+        runs += [Sweeper(connection, settler, one, asks=asks).run() for one in consumers]
         await asyncio.gather(*runs, self._keep(), self._look_again())
 
     async def _consumers(self) -> tuple[ConsumerSpec, ...]:
@@ -197,6 +198,7 @@ class Intake:
             on_missing=self._jetstream.ensure_topology,
             batch=min(consumer.batch_size, MOST_AHEAD),
             expires=EXPIRES,
+            optional=consumer.optional,
         )
 
     def room(self, asked: int, pending: int) -> int:

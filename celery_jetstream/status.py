@@ -259,8 +259,7 @@ async def _ask(session: Session, operation: str, **request: Any) -> dict[str, An
     except NotConnectedError as error:
         if session.lost.is_set():
             raise
-        why = f" ({session.error})" if session.denied else ""
-        return {"error": f"{error}{why}"}
+        return {"error": str(error)}
     answer: dict[str, Any] = json.loads(message.data)
     if refusal := answer.get("error"):
         return {"error": refusal.get("description", str(refusal)), "code": refusal.get("code")}
