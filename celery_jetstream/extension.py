@@ -27,6 +27,7 @@ from .events import Event
 from .exceptions import ConfigurationError, EventError, NotConnectedError
 from .handlers import Handlers
 from .publisher import Message, Publisher, PublishResult
+from .redrive import DeadLetters
 from .request import HandBack, Keeper
 from .runtime import Runtime
 from .session import NoResponders
@@ -293,6 +294,28 @@ class JetStream:
             ConfigurationError: it has no database.
         """
         return self._process.inbox
+
+    # -- dead letters ----------------------------------------------------------------------------
+
+    @property
+    def dead_letters(self) -> DeadLetters:
+        """The messages that this app has given up: to look at, send again, or delete."""
+        return DeadLetters(
+            self.config,
+            self.connection,
+            self.publisher,
+            forget=lambda event_id: self.inbox.reset(event_id),
+            check=self._read_by_handler,
+        )
+
+    def _read_by_handler(self, event: Event) -> None:
+        """Raises where no handler of ours could read an event; says nothing where there is none."""
+        handlers = self.check()
+        task = handlers.find(event.event_type)
+        if task is not None:
+            task.event(event.envelope)
+        elif handlers:
+            raise EventError(f"no handler for the event type {event.event_type!r}")
 
     def _send_flush(self) -> None:
         self.app.send_task(FLUSH, retry=False, ignore_result=True, **self._flush_options())

@@ -1,0 +1,447 @@
+"""Redrive: a dead letter is sent again to where it came from. ``jetstream.dead_letters``.
+
+Page by page: read, send, delete what JetStream has confirmed. Killed in between, a letter is there
+still, and the next redrive sends it with the same ``Nats-Msg-Id``: the stream drops the second.
+That id is made of the letter's number and its count of redrives. It is not the event's, which the
+duplicate window may know still and would swallow; and not a random one, which would double what was
+sent and not yet deleted. A letter's number is never given again, so that an event that dies anew,
+and is redriven anew, has another. Once the window is over, an inbox is the guard.
+"""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import logging
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from typing import Any
+
+from . import events, subjects
+from .config import Config
+from .connection import Connection
+from .deadletter import REDRIVES
+from .deadletter_admin import PAGE, DeadLetterAdmin, Progress
+from .deadletter_filter import DeadLetterFilter
+from .events import Event
+from .exceptions import EventError, NotConnectedError, SubjectError
+from .headers import CONTROL
+from .letters import StoredDeadLetter
+from .outcomes import Message, PublishResult, Verdict
+from .publisher import Publisher
+
+__all__ = ("DeadLetters", "RedriveResult", "message_of", "who")
+
+logger = logging.getLogger(__name__)
+
+#: Seconds for which one page is tried to be sent: an election takes 4 to 6.
+TIMEOUT = 15.0
+#: Problems that a result tells of.
+MOST_PROBLEMS = 20
+
+
+@dataclass(frozen=True)
+class RedriveResult:
+    """What a redrive did.
+
+    Attributes:
+        redriven: events that JetStream has stored again (``dry_run``: would be sent).
+        duplicates: those of them that an earlier redrive had sent, and was killed then.
+        skipped: dead letters that were passed over, and are kept.
+        problems: why; of the first 20.
+        last_sequence: all that was asked for up to this number is done.
+        error: why it ended before the end; None where it came there.
+    """
+
+    redriven: int = 0
+    duplicates: int = 0
+    skipped: int = 0
+    problems: tuple[str, ...] = ()
+    last_sequence: int = 0
+    error: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**asdict(self), "problems": list(self.problems)}
+
+
+class DeadLetters(DeadLetterAdmin):
+    """The dead letters of one app. Thread-safe; fork-safe.
+
+    Args:
+        config: the settings.
+        connection: the process's.
+        publisher: the process's.
+        forget: has an event handled once more that the inbox calls processed; by its event_id.
+        check: reads an event as its handler would; raises what that raises.
+        app_name: whose dead letters; default ``jetstream_app_name``.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        connection: Connection,
+        publisher: Publisher,
+        forget: Callable[[str], object],
+        check: Callable[[Event], object],
+        app_name: str = "",
+    ) -> None:
+        super().__init__(config, connection, app_name)
+        self._publisher = publisher
+        self._forget = forget
+        self._check = check
+
+    def of(self, app_name: str) -> DeadLetters:
+        """Those of another app in the same stream, also one of the Ruby gem's.
+
+        Raises:
+            SubjectError: that is no name of an app.
+        """
+        subjects.validate_app_name(app_name)
+        return DeadLetters(
+            self._config, self._connection, self._publisher, self._forget, _believe, app_name
+        )
+
+    # -- sending again ---------------------------------------------------------------------------
+
+    def redrive(
+        self,
+        chosen: DeadLetterFilter | str | int,
+        *,
+        rate: float | None = None,
+        limit: int | None = None,
+        force: bool = False,
+        dry_run: bool = False,
+        max_redrives: int | None = None,
+        subject: str | None = None,
+        by: str = "",
+        stop: Callable[[], bool] = lambda: False,
+        progress: Progress | None = None,
+    ) -> RedriveResult:
+        """Sends dead letters again to where they came from, those first that died first.
+
+        The event is as it was, byte for byte, with the same ``event_id`` and headers; it has all
+        its attempts. It is deleted from the dead letters when JetStream has stored it. A handler
+        with an inbox that has processed the event passes over it, unless ``force`` is given.
+
+        Args:
+            chosen: which ones, ``DeadLetterFilter()`` for all; or one event_id or number.
+            rate: events a second, at the most.
+            limit: how many at the most.
+            force: also those that were redriven ``max_redrives`` times, and (this app's own) those
+                that the inbox calls processed, whose effect is then had once more.
+            dry_run: only count them.
+            max_redrives: how often one event may be; default ``jetstream_max_redrives``.
+            subject: where to, in place of where they came from.
+            by: who it was, for the header ``x-redriven-by``; default user and host.
+            stop: asked between pages whether to end early.
+            progress: called with numbers of the stream that are done, and in all.
+
+        Returns:
+            How far it came. An outage ends it, and is the result's ``error``.
+
+        Raises:
+            SubjectError: ``subject`` is none that can be published to.
+            InboxUnavailableError: ``force``, and the inbox's database is away.
+            NotConnectedError: nothing can be read, or a permission is missing.
+            TopologyError: there is no stream.
+        """
+        if subject is not None:
+            subjects.validate_subject(subject)
+        run = _Run(self, subject, by or who(), max_redrives, force, dry_run)
+        size = PAGE if rate is None else max(1, min(PAGE, int(rate / 10)))
+        size = size if limit is None else min(size, limit)
+        start, todo = time.monotonic(), limit
+        for page, reached in self.pages(
+            DeadLetterFilter.of(chosen), size=size, progress=None if limit else progress
+        ):
+            for first in range(0, len(page), size):
+                if stop():
+                    return run.ended("stopped")
+                some = page[first : first + size][:todo]
+                run.send(some)
+                todo = None if limit is None else limit - run.done
+                if run.result.error or todo == 0:
+                    return run.result
+                if progress and limit:
+                    progress(run.done, limit)
+                _keep_pace(start, run.result.redriven, 0 if dry_run else rate, stop)
+            run.reached(reached)
+        return run.result
+
+    def edited(
+        self, event_id: str | int, *, payload: Any = None, envelope: bytes | None = None
+    ) -> tuple[StoredDeadLetter, Event]:
+        """A dead letter with another payload, or another envelope, checked as far as can be.
+
+        Args:
+            event_id: its event_id, or number.
+            payload: any JSON value but None.
+            envelope: all of the body, for one that is no envelope.
+
+        Returns:
+            The dead letter with its new body, for :meth:`redrive_edited`, and the event.
+
+        Raises:
+            EventError: there is no such dead letter, or the new event is none that its handler
+                can read (``DecodeError``, ``PayloadError``), or it has another event_id.
+        """
+        letter = self.get(event_id)
+        if letter is None:
+            raise EventError(f"there is no dead letter {event_id} of {self.app_name}")
+        if envelope is None:
+            found = events.decode(letter.body).envelope
+            event = Event.from_envelope({**found, "payload": payload})
+        else:
+            event = events.decode(envelope)
+        if event.payload is None:
+            raise EventError("payload is null; give the event's data, or {} where there is none")
+        if letter.event_id and event.event_id != letter.event_id:
+            raise EventError(
+                f"event_id is {event.event_id!r}, and was {letter.event_id!r}: leave it as it is "
+                "(an event with another id is another event: publish it, and purge this one)"
+            )
+        self._check(event)
+        return replace(letter, body=events.encode(event), problems=()), event
+
+    def redrive_edited(
+        self,
+        letter: StoredDeadLetter,
+        *,
+        force: bool = False,
+        dry_run: bool = False,
+        subject: str | None = None,
+        by: str = "",
+    ) -> RedriveResult:
+        """Sends what :meth:`edited` has made of a dead letter, and deletes that.
+
+        Arguments, result and errors are those of :meth:`redrive`.
+        """
+        run = _Run(self, subject, by or who(), None, force, dry_run)
+        run.send([letter], edited=True)
+        return run.result
+
+
+class _Run:
+    """One redrive."""
+
+    def __init__(
+        self,
+        letters: DeadLetters,
+        subject: str | None,
+        by: str,
+        max_redrives: int | None,
+        force: bool,
+        dry_run: bool,
+    ) -> None:
+        self._letters = letters
+        self._subject = subject
+        self._by = by
+        self._force = force
+        self._dry_run = dry_run
+        config = letters._config
+        self._most = config.max_redrives if max_redrives is None else max_redrives
+        self._stream = config.stream_name
+        self._is_own = letters.app_name == config.app_name
+        self._has_inbox = self._is_own and config.has_database
+        self._without_stream: set[str] = set()
+        self.result = RedriveResult()
+
+    @property
+    def done(self) -> int:
+        return self.result.redriven + self.result.skipped
+
+    def ended(self, error: str) -> RedriveResult:
+        self.result = replace(self.result, error=error)
+        return self.result
+
+    def reached(self, sequence: int) -> None:
+        self.result = replace(self.result, last_sequence=sequence)
+
+    def send(self, letters: Sequence[StoredDeadLetter], *, edited: bool = False) -> None:
+        """Sends one page and deletes what is stored; what cannot be sent stays, and says why."""
+        ready = [
+            (letter, message)
+            for letter in letters
+            if (message := self._message(letter, edited)) is not None
+        ]
+        if self._dry_run or not ready:
+            self.result = replace(self.result, redriven=self.result.redriven + len(ready))
+        else:
+            self._send(ready)
+        if letters and not self.result.error:
+            self.reached(letters[-1].sequence)
+
+    def _message(self, letter: StoredDeadLetter, edited: bool) -> Message | None:
+        try:
+            if letter.redrives >= self._most and not self._force:
+                raise EventError(
+                    f"it was redriven {letter.redrives} times, and jetstream_max_redrives is "
+                    f"{self._most}: mend what fails, then --force"
+                )
+            message = message_of(
+                letter,
+                self._stream,
+                self._letters.app_name,
+                self._by,
+                subject=self._subject,
+                edited=edited,
+                to_gem=not self._is_own and not letter.is_ours,
+            )
+            if message.subject in self._without_stream:
+                raise EventError(f"no stream takes its subject {message.subject}")
+        except (EventError, SubjectError) as error:
+            self._skip(letter, str(error))
+            return None
+        return message
+
+    def _send(self, ready: Sequence[tuple[StoredDeadLetter, Message]]) -> None:
+        letters = self._letters
+        if self._force and self._has_inbox:
+            for event_id in filter(None, (letter.event_id for letter, _ in ready)):
+                letters._forget(event_id)
+        messages = [message for _, message in ready]
+        results = letters._connection.run(letters._publisher.send, messages, TIMEOUT)
+        stored = []
+        for (letter, message), result in zip(ready, results, strict=True):
+            if result.success:
+                stored.append((letter, message, result))
+            else:
+                self._failed(letter, result)
+        try:
+            letters.remove([letter.sequence for letter, _, _ in stored])
+        except NotConnectedError as error:
+            self.ended(f"{len(stored)} events are sent, and perhaps not deleted here: {error}")
+            return
+        self._count(stored)
+
+    def _failed(self, letter: StoredDeadLetter, result: PublishResult) -> None:
+        if result.verdict is Verdict.NO_STREAM:
+            self._without_stream.add(result.subject)
+        elif result.transient:
+            self.ended(result.error or "an outage")
+            return
+        self._skip(letter, result.error or "it was refused")
+
+    def _count(self, stored: Sequence[tuple[StoredDeadLetter, Message, PublishResult]]) -> None:
+        for letter, message, _ in stored:
+            logger.info(
+                "dead letter %d is redriven to %s by %s",
+                letter.sequence,
+                message.subject,
+                self._by,
+                extra={
+                    "event_id": letter.event_id,
+                    "event_type": letter.event_type,
+                    "handler": letter.handler,
+                    "reason": letter.reason,
+                    "redrives": letter.redrives + 1,
+                },
+            )
+        self.result = replace(
+            self.result,
+            redriven=self.result.redriven + len(stored),
+            duplicates=self.result.duplicates + sum(one.duplicate for _, _, one in stored),
+        )
+
+    def _skip(self, letter: StoredDeadLetter, why: str) -> None:
+        told = f"dead letter {letter.sequence} (event {letter.event_id or 'without id'}): {why}"
+        logger.warning("not redriven: %s", told, extra={"event_id": letter.event_id})
+        problems = (*self.result.problems, told)[:MOST_PROBLEMS]
+        self.result = replace(self.result, skipped=self.result.skipped + 1, problems=problems)
+
+
+def message_of(
+    letter: StoredDeadLetter,
+    stream: str,
+    app_name: str,
+    by: str,
+    *,
+    subject: str | None = None,
+    edited: bool = False,
+    to_gem: bool = False,
+    now: datetime | None = None,
+) -> Message:
+    """What a dead letter is sent as: the original's bytes and headers, and who sent it again.
+
+    Args:
+        letter: the dead letter.
+        stream: the stream that has it.
+        app_name: whose it is.
+        by: who sends it again.
+        subject: where to, in place of where it came from.
+        edited: its body is another one; what is sent twice is then told by the body too.
+        to_gem: a consumer of the Ruby gem's gets it. That copies every header to its dead letter,
+            and a ``Nats-Msg-Id`` would have the stream drop that as a duplicate, for good.
+        now: for ``x-redriven-at``.
+
+    Raises:
+        EventError: its body cannot be unpacked.
+        SubjectError: it came from a subject that is none of that app's. Whoever may publish a
+            dead letter could have an administrator's process publish anywhere.
+    """
+    if packed := [problem for problem in letter.problems if "unpacked" in problem]:
+        raise EventError(packed[0])
+    count = letter.redrives + 1
+    message_id = f"redrive-{stream}-{letter.sequence}-{count}"
+    if edited:
+        message_id += f"-{hashlib.sha256(letter.body).hexdigest()[:16]}"
+    when = (now or datetime.now(timezone.utc)).strftime("%Y-%m-%dT%H:%M:%SZ")
+    headers = {
+        **{name: text for name, text in letter.headers.items() if not _is_own(name)},
+        REDRIVES: str(count),
+        "x-redriven-at": when,
+        "x-redriven-by": CONTROL.sub("", by).strip()[:200],
+    }
+    if to_gem:
+        headers["nats-msg-id"] = letter.event_id  # as the gem has it; the server passes over it
+    else:
+        headers["Nats-Msg-Id"] = message_id
+    where = subject or _subject_of(letter, app_name)
+    return Message(letter.event_id, where, letter.body, headers)
+
+
+def _believe(event: Event) -> None:
+    """How another app's handlers read an event is not known here."""
+
+
+def _is_own(name: str) -> bool:
+    low = name.lower()
+    own = ("x-dead-letter", "x-deliveries", REDRIVES, "x-redriven-at", "x-redriven-by")
+    return low.startswith(("nats-", "x-dlq-")) or low in own
+
+
+def _subject_of(letter: StoredDeadLetter, app_name: str) -> str:
+    """Where it came from; else, where the app that its envelope names would send it."""
+    found = letter.original_subject
+    if not found and letter.source:
+        found = subjects.publish_subject(letter.source, app_name)
+    tokens = found.split(".")
+    if len(tokens) == 3 and tokens[1:] == ["sync", app_name] and not subjects.fault(found):
+        return found
+    told = (
+        f"it came from {found!r}, which is no subject of {app_name}"
+        if found
+        else ("where it came from is not known")
+    )
+    raise SubjectError(f"{told}: give the subject (--subject)", subject=found)
+
+
+def who() -> str:
+    """The user and the host of this process."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError, ImportError):  # a container's user without a name
+        user = "unknown"
+    return f"{user}@{socket.gethostname()}"
+
+
+def _keep_pace(start: float, done: int, rate: float | None, stop: Callable[[], bool]) -> None:
+    while rate and not stop():
+        ahead = start + done / rate - time.monotonic()
+        if ahead <= 0:
+            return
+        time.sleep(min(ahead, 0.1))
