@@ -87,6 +87,7 @@ class DeadLetterAdmin:
         self.subject = subjects.dead_letter_subject(self.app_name)
         self._config = config
         self._connection = connection
+        self._info = f"$JS.API.STREAM.INFO.{config.stream_name}"
         self._get = f"$JS.API.STREAM.MSG.GET.{config.stream_name}"
         self._delete = f"$JS.API.STREAM.MSG.DELETE.{config.stream_name}"
 
@@ -222,8 +223,6 @@ class DeadLetterAdmin:
         that fails at once is not redriven again.
         """
         last = self._patiently(self._last)
-        if last is None:
-            return
         numbers = chosen.sequences
         if numbers is not None:
             numbers = tuple(one for one in numbers if after < one <= last)
@@ -255,9 +254,12 @@ class DeadLetterAdmin:
                     raise
             time.sleep(PAUSE)
 
-    async def _last(self) -> int | None:
-        found = await self._read(await self._connection.session(), {"last_by_subj": self.subject})
-        return None if found is None else int(found["seq"])
+    async def _last(self) -> int:
+        """The stream's last number. 2.9.10 forgets a subject's when that message is deleted."""
+        found = await self._ask(await self._connection.session(), self._info, {})
+        if "error" in found:
+            raise self._fault("read dead letters", found["error"])
+        return int(found["state"]["last_seq"])
 
     async def _pick(self, numbers: Sequence[int]) -> Letters:
         session = await self._connection.session()
@@ -326,9 +328,9 @@ class DeadLetterAdmin:
             if not session.denied:
                 raise
             raise _Denied(
-                f"{error}; NATS denies this user something: dead letters need the permission to "
-                f"publish to {self._get} (to look), {self._delete} (to redrive and purge) and the "
-                "subjects of the events (to redrive)"
+                f"{error}; NATS denies this user something: dead letters need to publish to "
+                f"{self._info} and {self._get}, to {self._delete} for redrive and purge, and for "
+                "redrive to where the events go"
             ) from error
         found: dict[str, Any] = json.loads(answer.data)
         return found

@@ -2,7 +2,8 @@
 
 Reading is tolerant, for whatever is in the stream must be seen: what is missing or damaged is
 empty, and named in ``problems``. The gem has other reasons and context keys (``sequence`` and
-``published_at``), and with no ``nats-msg-id`` it invents an event_id, so the envelope's comes first.
+``published_at``), and invents an event_id where there is no ``nats-msg-id``: the envelope's is
+believed first.
 """
 
 from __future__ import annotations
