@@ -46,6 +46,8 @@ Progress = Callable[[int, int], None]
 WALKERS, PAGE, ROOM = 16, 256, 64 * 1024
 #: Seconds that an outage is waited for (an election takes 4 to 6), and between two tries.
 PATIENCE, PAUSE = 15.0, 0.2
+#: Seconds that a connection, or one answer, is waited for.
+ASK_TIMEOUT = 5.0
 STREAM_NOT_FOUND = 10059
 #: The server could not delete: also where there is no such message.
 NOT_DELETED = 10057
@@ -256,13 +258,13 @@ class DeadLetterAdmin:
 
     async def _last(self) -> int:
         """The stream's last number. 2.9.10 forgets a subject's when that message is deleted."""
-        found = await self._ask(await self._connection.session(), self._info, {})
+        found = await self._ask(await self._connection.session(ASK_TIMEOUT), self._info, {})
         if "error" in found:
             raise self._fault("read dead letters", found["error"])
         return int(found["state"]["last_seq"])
 
     async def _pick(self, numbers: Sequence[int]) -> Letters:
-        session = await self._connection.session()
+        session = await self._connection.session(ASK_TIMEOUT)
         found = await asyncio.gather(*(self._read(session, {"seq": one}) for one in numbers))
         now = datetime.now(timezone.utc)
         return [
@@ -273,7 +275,7 @@ class DeadLetterAdmin:
 
     async def _wave(self, start: int, span: int, last: int) -> tuple[Letters, int]:
         """The letters from a number on, of so many numbers; and where the next one is."""
-        session = await self._connection.session()
+        session = await self._connection.session(ASK_TIMEOUT)
         step = max(1, span // WALKERS)
         ends = [min(start + step * (i + 1), last + 1) for i in range(WALKERS)]
         starts = [start, *ends[:-1]]
@@ -308,7 +310,7 @@ class DeadLetterAdmin:
         raise self._fault("read dead letters", problem)
 
     async def _remove(self, sequences: Sequence[int]) -> None:
-        session = await self._connection.session()
+        session = await self._connection.session(ASK_TIMEOUT)
         await asyncio.gather(*(self._remove_one(session, one) for one in sequences))
 
     async def _remove_one(self, session: Session, sequence: int) -> None:
@@ -323,7 +325,7 @@ class DeadLetterAdmin:
 
     async def _ask(self, session: Session, subject: str, request: dict[str, Any]) -> dict[str, Any]:
         try:
-            answer = await session.ask(subject, json.dumps(request).encode())
+            answer = await session.ask(subject, json.dumps(request).encode(), timeout=ASK_TIMEOUT)
         except NotConnectedError as error:
             if not session.denied:
                 raise

@@ -12,7 +12,7 @@ import base64
 import json
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
 from typing import Any
 
@@ -75,7 +75,7 @@ class StoredDeadLetter:
     original_sequence: int | None
     consumer: str
     failed_at: datetime
-    age: float
+    age: float = field(compare=False)
     subject: str
     problems: tuple[str, ...]
     headers: Headers
@@ -93,9 +93,9 @@ class StoredDeadLetter:
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON, without headers and body."""
         return {
-            field.name: _plain(getattr(self, field.name))
-            for field in fields(self)
-            if field.name not in ("headers", "body")
+            one.name: _plain(getattr(self, one.name))
+            for one in fields(self)
+            if one.name not in ("headers", "body")
         }
 
     def as_record(self) -> dict[str, Any]:
@@ -137,7 +137,8 @@ def read_letter(
     where = context.get("sequence")
     noted = context.get("stream_sequence")
     original = noted if noted is not None or not isinstance(where, dict) else where.get("stream")
-    original_subject = _text(context.get("original_subject"))
+    original_subject = context.get("original_subject")
+    original_subject = original_subject if isinstance(original_subject, str) else ""
     failed_at = _moment(context) or stored_at
     counted = (_number(found.get("x-redrives")), _number(context.get("redrives")))
     return StoredDeadLetter(

@@ -15,7 +15,7 @@ import hashlib
 import logging
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
@@ -141,12 +141,12 @@ class DeadLetters(DeadLetterAdmin):
             progress: called with numbers of the stream that are done, and in all.
 
         Returns:
-            How far it came. An outage ends it, and is the result's ``error``.
+            How far it came. An outage, or a permission that is missing, ends it, and is the
+            result's ``error``.
 
         Raises:
             SubjectError: ``subject`` is none that can be published to.
             InboxUnavailableError: ``force``, and the inbox's database is away.
-            NotConnectedError: nothing can be read, or a permission is missing.
             TopologyError: there is no stream.
         """
         if subject is not None:
@@ -154,22 +154,25 @@ class DeadLetters(DeadLetterAdmin):
         run = _Run(self, subject, by or who(), max_redrives, force, dry_run)
         size = PAGE if rate is None else max(1, min(PAGE, int(rate / 10)))
         size = size if limit is None else min(size, limit)
-        start, todo = time.monotonic(), limit
-        for page, reached in self.pages(
+        pages = self.pages(
             DeadLetterFilter.of(chosen), size=size, progress=None if limit else progress
-        ):
-            for first in range(0, len(page), size):
-                if stop():
-                    return run.ended("stopped")
-                some = page[first : first + size][:todo]
-                run.send(some)
-                todo = None if limit is None else limit - run.done
-                if run.result.error or todo == 0:
-                    return run.result
-                if progress and limit:
-                    progress(run.done, limit)
-                _keep_pace(start, run.result.redriven, 0 if dry_run else rate, stop)
-            run.reached(reached)
+        )
+        start = time.monotonic()
+        try:
+            for page, reached in pages:
+                for some in run.parts(page, size, limit):
+                    if stop():
+                        return run.ended("stopped")
+                    run.send(some)
+                    if progress and limit:
+                        progress(run.done, limit)
+                    if run.result.error or run.done == limit:
+                        return run.result
+                    if rate and not dry_run:
+                        _keep_pace(start + run.result.redriven / rate, stop)
+                run.reached(reached)
+        except NotConnectedError as error:
+            return run.ended(str(error))
         return run.result
 
     def edited(
@@ -254,6 +257,14 @@ class _Run:
     def done(self) -> int:
         return self.result.redriven + self.result.skipped
 
+    def parts(
+        self, page: Sequence[StoredDeadLetter], size: int, limit: int | None
+    ) -> Iterator[Sequence[StoredDeadLetter]]:
+        """A page in parts of so many, up to the limit of all."""
+        for first in range(0, len(page), size):
+            left = None if limit is None else limit - self.done
+            yield page[first : first + size][:left]
+
     def ended(self, error: str) -> RedriveResult:
         self.result = replace(self.result, error=error)
         return self.result
@@ -311,6 +322,8 @@ class _Run:
                 stored.append((letter, message, result))
             else:
                 self._failed(letter, result)
+        if not stored:
+            return
         try:
             letters.remove([letter.sequence for letter, _, _ in stored])
         except NotConnectedError as error:
@@ -439,9 +452,6 @@ def who() -> str:
     return f"{user}@{socket.gethostname()}"
 
 
-def _keep_pace(start: float, done: int, rate: float | None, stop: Callable[[], bool]) -> None:
-    while rate and not stop():
-        ahead = start + done / rate - time.monotonic()
-        if ahead <= 0:
-            return
+def _keep_pace(until: float, stop: Callable[[], bool]) -> None:
+    while not stop() and (ahead := until - time.monotonic()) > 0:
         time.sleep(min(ahead, 0.1))
