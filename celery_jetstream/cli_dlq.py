@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import IO, Any
@@ -364,18 +365,20 @@ def _echo_redriven(result: Any, dry_run: bool) -> None:
 
 
 def _echo_table(letters: Sequence[Any]) -> None:
-    """At most 100 columns."""
+    """At most 100 columns; on a wider terminal, more of the error."""
     if not letters:
         click.echo("no dead letters")
         return
     click.echo(f"{'number':>8} {'age':>5} {'type':18} {'handler':18} {'reason':19} error")
+    wide = shutil.get_terminal_size((100, 24)).columns if sys.stdout.isatty() else 100
+    room = max(wide, 100) - 73
     for letter in letters:
         error = ": ".join(filter(None, (letter.error_class, letter.error_message)))
         error = " ".join((error or ", ".join(letter.problems)).split())
         click.echo(
             f"{letter.sequence:8} {age_text(letter.age):>5} {cut(letter.event_type or '-', 18)} "
             f"{cut(letter.handler or '-', 18)} {cut(letter.reason or '-', 19)} "
-            f"{cut(error, 27).rstrip()}"
+            f"{cut(error, room).rstrip()}"
         )
 
 
