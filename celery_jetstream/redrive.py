@@ -27,7 +27,7 @@ from .deadletter import REDRIVES
 from .deadletter_admin import PAGE, DeadLetterAdmin, Progress
 from .deadletter_filter import DeadLetterFilter
 from .events import Event
-from .exceptions import EventError, NotConnectedError, SubjectError
+from .exceptions import DatabaseUnavailableError, EventError, NotConnectedError, SubjectError
 from .headers import CONTROL
 from .letters import StoredDeadLetter
 from .outcomes import Message, PublishResult, Verdict
@@ -141,12 +141,12 @@ class DeadLetters(DeadLetterAdmin):
             progress: called with numbers of the stream that are done, and in all.
 
         Returns:
-            How far it came. An outage, or a permission that is missing, ends it, and is the
-            result's ``error``.
+            How far it came. An outage, of NATS or of the inbox's database, ends it, and so does a
+            permission that is missing: that is the result's ``error``.
 
         Raises:
             SubjectError: ``subject`` is none that can be published to.
-            InboxUnavailableError: ``force``, and the inbox's database is away.
+            ConfigurationError: ``force``, and the inbox has no table.
             TopologyError: there is no stream.
         """
         if subject is not None:
@@ -171,7 +171,7 @@ class DeadLetters(DeadLetterAdmin):
                     if rate and not dry_run:
                         _keep_pace(start + run.result.redriven / rate, stop)
                 run.reached(reached)
-        except NotConnectedError as error:
+        except (NotConnectedError, DatabaseUnavailableError) as error:
             return run.ended(str(error))
         return run.result
 
@@ -315,13 +315,13 @@ class _Run:
             for event_id in filter(None, (letter.event_id for letter, _ in ready)):
                 letters._forget(event_id)
         messages = [message for _, message in ready]
-        results = letters._connection.run(letters._publisher.send, messages, TIMEOUT)
+        results, denied = letters._connection.run(self._publish, messages)
         stored = []
         for (letter, message), result in zip(ready, results, strict=True):
             if result.success:
                 stored.append((letter, message, result))
             else:
-                self._failed(letter, result)
+                self._failed(letter, result, denied)
         if not stored:
             return
         try:
@@ -331,11 +331,22 @@ class _Run:
             return
         self._count(stored)
 
-    def _failed(self, letter: StoredDeadLetter, result: PublishResult) -> None:
+    async def _publish(self, messages: Sequence[Message]) -> tuple[list[PublishResult], bool]:
+        """What became of each; and whether NATS has denied this user something."""
+        results = await self._letters._publisher.send(messages, TIMEOUT)
+        if all(result.success for result in results):
+            return results, False
+        try:
+            return results, (await self._letters._connection.session(0.1)).denied
+        except NotConnectedError:
+            return results, False
+
+    def _failed(self, letter: StoredDeadLetter, result: PublishResult, denied: bool) -> None:
         if result.verdict is Verdict.NO_STREAM:
             self._without_stream.add(result.subject)
         elif result.transient:
-            self.ended(result.error or "an outage")
+            hint = f"; NATS denies this user something: it needs to publish to {result.subject}"
+            self.ended(f"{result.error}{hint if denied else ''}")
             return
         self._skip(letter, result.error or "it was refused")
 
@@ -362,7 +373,7 @@ class _Run:
 
     def _skip(self, letter: StoredDeadLetter, why: str) -> None:
         told = f"dead letter {letter.sequence} (event {letter.event_id or 'without id'}): {why}"
-        logger.warning("not redriven: %s", told, extra={"event_id": letter.event_id})
+        logger.info("not redriven: %s", told, extra={"event_id": letter.event_id})
         problems = (*self.result.problems, told)[:MOST_PROBLEMS]
         self.result = replace(self.result, skipped=self.result.skipped + 1, problems=problems)
 

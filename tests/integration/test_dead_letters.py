@@ -10,6 +10,7 @@ import logging
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -372,6 +373,17 @@ def test_force_has_a_processed_event_handled_once_more(
     assert [inbox.get(one)[0].status for one in (first, second)] == ["processed", "received"]
 
 
+def test_force_sends_nothing_while_the_inbox_is_away(
+    make_desk: MakeDesk, nats_server: NatsServer, tmp_path: Path
+) -> None:
+    desk = make_desk(nats_server.url, jetstream_database_url=f"sqlite:///{tmp_path}/no/inbox.db")
+    desk.bury()
+    result = desk.letters.redrive(EVERY_LETTER, force=True)
+    assert (result.redriven, desk.count()) == (0, 1)
+    assert "unable to open" in str(result.error)
+    assert desk.event_ids() == []
+
+
 @dataclass
 class Order:
     id: int
@@ -503,6 +515,7 @@ def test_permissions(names: Names, make_desk: MakeDesk, monkeypatch: pytest.Monk
         "all": [info, get, delete, events],
         "look": [info, get],
         "blind": [info, delete, events],
+        "mute": [info, get, delete],
     }
     told = "".join(
         f"{{user: {user}, password: p, permissions: {{publish: {{allow: {json.dumps(allowed)}}}, "
@@ -529,6 +542,7 @@ def test_permissions(names: Names, make_desk: MakeDesk, monkeypatch: pytest.Monk
         looking = letters_of("look")
         assert looking.count().total == 1
         assert delete in str(looking.purge(EVERY_LETTER).error)
+        assert events in str(letters_of("mute").redrive(EVERY_LETTER).error)
         with pytest.raises(NotConnectedError, match=r"STREAM\.MSG\.GET"):
             letters_of("blind").count()
         for one in made:
