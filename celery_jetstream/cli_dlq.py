@@ -315,12 +315,12 @@ def _edited(ctx: click.Context, letters: Any, chosen: Any, options: dict[str, An
     if options["edit"]:
         return _from_editor(letters, one)
     if options["envelope"]:
-        return letters.edited(one, envelope=options["envelope"].read())[0]
+        return letters.edited(one, envelope=options["envelope"].read())
     try:
         payload = json.loads(options["payload"].read())
     except ValueError as error:
         raise click.ClickException(f"--payload is not JSON: {error}") from None
-    return letters.edited(one, payload=payload)[0]
+    return letters.edited(one, payload=payload)
 
 
 def _from_editor(letters: Any, one: str) -> Any:
@@ -336,7 +336,7 @@ def _from_editor(letters: Any, one: str) -> Any:
             raise click.ClickException("nothing was changed: nothing is sent")
         text = found
         try:
-            return letters.edited(letter.sequence, envelope=text.encode())[0]
+            return letters.edited(letter.sequence, envelope=text.encode())
         except EventError as error:
             click.echo(f"not sent: {error}", err=True)
             click.confirm("edit again?", default=True, abort=True, err=True)

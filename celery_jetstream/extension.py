@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import json
 import logging
 import os
@@ -304,9 +305,14 @@ class JetStream:
             self.config,
             self.connection,
             self.publisher,
-            forget=lambda event_id: self.inbox.reset(event_id),
+            forget=self._forget_processed,
             check=self._read_by_handler,
         )
+
+    def _forget_processed(self, event_id: str) -> None:
+        """Has an event handled once more; the database may be the outbox's only."""
+        with contextlib.suppress(ConfigurationError):
+            self.inbox.reset(event_id)
 
     def _read_by_handler(self, event: Event) -> None:
         """Raises where no handler of ours could read an event; says nothing where there is none."""

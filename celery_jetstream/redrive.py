@@ -177,7 +177,7 @@ class DeadLetters(DeadLetterAdmin):
 
     def edited(
         self, event_id: str | int, *, payload: Any = None, envelope: bytes | None = None
-    ) -> tuple[StoredDeadLetter, Event]:
+    ) -> StoredDeadLetter:
         """A dead letter with another payload, or another envelope, checked as far as can be.
 
         Args:
@@ -186,7 +186,7 @@ class DeadLetters(DeadLetterAdmin):
             envelope: all of the body, for one that is no envelope.
 
         Returns:
-            The dead letter with its new body, for :meth:`redrive_edited`, and the event.
+            The dead letter with its new body, for :meth:`redrive_edited`.
 
         Raises:
             EventError: there is no such dead letter, or the new event is none that its handler
@@ -208,7 +208,7 @@ class DeadLetters(DeadLetterAdmin):
                 "(an event with another id is another event: publish it, and purge this one)"
             )
         self._check(event)
-        return replace(letter, body=events.encode(event), problems=()), event
+        return replace(letter, body=events.encode(event), problems=())
 
     def redrive_edited(
         self,
@@ -420,10 +420,10 @@ def message_of(
         "x-redriven-at": when,
         "x-redriven-by": CONTROL.sub("", by).strip()[:200],
     }
-    if to_gem:
-        headers["nats-msg-id"] = letter.event_id  # as the gem has it; the server passes over it
-    else:
+    if not to_gem:
         headers["Nats-Msg-Id"] = message_id
+    elif letter.event_id:
+        headers["nats-msg-id"] = letter.event_id  # as the gem has it; the server passes over it
     where = subject or _subject_of(letter, app_name)
     return Message(letter.event_id, where, letter.body, headers)
 
