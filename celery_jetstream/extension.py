@@ -23,12 +23,12 @@ from .capabilities import has_filter_subjects
 from .config import Config
 from .connection import Connection
 from .consumers import consumer_specs, stream_spec
+from .dead_letters import DeadLetters
 from .direct import Direct
 from .events import Event
 from .exceptions import ConfigurationError, EventError, NotConnectedError
 from .handlers import Handlers
 from .publisher import Message, Publisher, PublishResult
-from .redrive import DeadLetters
 from .request import HandBack, Keeper
 from .runtime import Runtime
 from .session import NoResponders

@@ -14,26 +14,21 @@ import getpass
 import hashlib
 import logging
 import socket
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
 
-from . import events, subjects
-from .config import Config
-from .connection import Connection
+from . import subjects
 from .deadletter import REDRIVES
-from .deadletter_admin import PAGE, DeadLetterAdmin, Progress
-from .deadletter_filter import DeadLetterFilter
-from .events import Event
-from .exceptions import DatabaseUnavailableError, EventError, NotConnectedError, SubjectError
+from .deadletter_admin import DeadLetterAdmin
+from .exceptions import EventError, NotConnectedError, SubjectError
 from .headers import CONTROL
 from .letters import StoredDeadLetter
 from .outcomes import Message, PublishResult, Verdict
 from .publisher import Publisher
 
-__all__ = ("DeadLetters", "RedriveResult", "message_of", "who")
+__all__ = ("Redrive", "RedriveResult", "message_of", "who")
 
 logger = logging.getLogger(__name__)
 
@@ -68,193 +63,52 @@ class RedriveResult:
         return {**asdict(self), "problems": list(self.problems)}
 
 
-class DeadLetters(DeadLetterAdmin):
-    """The dead letters of one app. Thread-safe; fork-safe.
+class Redrive:
+    """One redrive.
 
     Args:
-        config: the settings.
-        connection: the process's.
+        letters: the dead letters.
         publisher: the process's.
-        forget: has an event handled once more that the inbox calls processed; by its event_id.
-        check: reads an event as its handler would; raises what that raises.
-        app_name: whose dead letters; default ``jetstream_app_name``.
+        subject: where to, in place of where they came from.
+        by: who sends them again.
+        most: how often one event may be sent again.
+        force: more often, too.
+        forget: has the inbox forget that an event is processed; None where it is not to.
+        dry_run: send nothing.
+
+    Raises:
+        SubjectError: ``subject`` is none that can be published to.
     """
 
     def __init__(
         self,
-        config: Config,
-        connection: Connection,
+        letters: DeadLetterAdmin,
         publisher: Publisher,
-        forget: Callable[[str], object],
-        check: Callable[[Event], object],
-        app_name: str = "",
-    ) -> None:
-        super().__init__(config, connection, app_name)
-        self._publisher = publisher
-        self._forget = forget
-        self._check = check
-
-    def of(self, app_name: str) -> DeadLetters:
-        """Those of another app in the same stream, also one of the Ruby gem's.
-
-        Raises:
-            SubjectError: that is no name of an app.
-        """
-        subjects.validate_app_name(app_name)
-        return DeadLetters(
-            self._config, self._connection, self._publisher, self._forget, _believe, app_name
-        )
-
-    # -- sending again ---------------------------------------------------------------------------
-
-    def redrive(
-        self,
-        chosen: DeadLetterFilter | str | int,
         *,
-        rate: float | None = None,
-        limit: int | None = None,
-        force: bool = False,
-        dry_run: bool = False,
-        max_redrives: int | None = None,
-        subject: str | None = None,
-        by: str = "",
-        stop: Callable[[], bool] = lambda: False,
-        progress: Progress | None = None,
-    ) -> RedriveResult:
-        """Sends dead letters again to where they came from, those first that died first.
-
-        The event is as it was, byte for byte, with the same ``event_id`` and headers; it has all
-        its attempts. It is deleted from the dead letters when JetStream has stored it. A handler
-        with an inbox that has processed the event passes over it, unless ``force`` is given.
-
-        Args:
-            chosen: which ones, ``DeadLetterFilter()`` for all; or one event_id or number.
-            rate: events a second, at the most.
-            limit: how many at the most.
-            force: also those that were redriven ``max_redrives`` times, and (this app's own) those
-                that the inbox calls processed, whose effect is then had once more.
-            dry_run: only count them.
-            max_redrives: how often one event may be; default ``jetstream_max_redrives``.
-            subject: where to, in place of where they came from.
-            by: who it was, for the header ``x-redriven-by``; default user and host.
-            stop: asked between pages whether to end early.
-            progress: called with numbers of the stream that are done, and in all.
-
-        Returns:
-            How far it came. An outage, of NATS or of the inbox's database, ends it, and so does a
-            permission that is missing: that is the result's ``error``.
-
-        Raises:
-            SubjectError: ``subject`` is none that can be published to.
-            ConfigurationError: ``force``, and the inbox has no table.
-            TopologyError: there is no stream.
-        """
-        if subject is not None:
-            subjects.validate_subject(subject)
-        run = _Run(self, subject, by or who(), max_redrives, force, dry_run)
-        size = PAGE if rate is None else max(1, min(PAGE, int(rate / 10)))
-        size = size if limit is None else min(size, limit)
-        pages = self.pages(
-            DeadLetterFilter.of(chosen), size=size, progress=None if limit else progress
-        )
-        start = time.monotonic()
-        try:
-            for page, reached in pages:
-                for some in run.parts(page, size, limit):
-                    if stop():
-                        return run.ended("stopped")
-                    run.send(some)
-                    if progress and limit:
-                        progress(run.done, limit)
-                    if run.result.error or run.done == limit:
-                        return run.result
-                    if rate and not dry_run:
-                        _keep_pace(start + run.result.redriven / rate, stop)
-                run.reached(reached)
-        except (NotConnectedError, DatabaseUnavailableError) as error:
-            return run.ended(str(error))
-        return run.result
-
-    def edited(
-        self, event_id: str | int, *, payload: Any = None, envelope: bytes | None = None
-    ) -> StoredDeadLetter:
-        """A dead letter with another payload, or another envelope, checked as far as can be.
-
-        Args:
-            event_id: its event_id, or number.
-            payload: any JSON value but None.
-            envelope: all of the body, for one that is no envelope.
-
-        Returns:
-            The dead letter with its new body, for :meth:`redrive_edited`.
-
-        Raises:
-            EventError: there is no such dead letter, or the new event is none that its handler
-                can read (``DecodeError``, ``PayloadError``), or it has another event_id.
-        """
-        letter = self.get(event_id)
-        if letter is None:
-            raise EventError(f"there is no dead letter {event_id} of {self.app_name}")
-        if envelope is None:
-            found = events.decode(letter.body).envelope
-            event = Event.from_envelope({**found, "payload": payload})
-        else:
-            event = events.decode(envelope)
-        if event.payload is None:
-            raise EventError("payload is null; give the event's data, or {} where there is none")
-        if letter.event_id and event.event_id != letter.event_id:
-            raise EventError(
-                f"event_id is {event.event_id!r}, and was {letter.event_id!r}: leave it as it is "
-                "(an event with another id is another event: publish it, and purge this one)"
-            )
-        self._check(event)
-        return replace(letter, body=events.encode(event), problems=())
-
-    def redrive_edited(
-        self,
-        letter: StoredDeadLetter,
-        *,
-        force: bool = False,
-        dry_run: bool = False,
-        subject: str | None = None,
-        by: str = "",
-    ) -> RedriveResult:
-        """Sends what :meth:`edited` has made of a dead letter, and deletes that.
-
-        Arguments, result and errors are those of :meth:`redrive`.
-        """
-        run = _Run(self, subject, by or who(), None, force, dry_run)
-        run.send([letter], edited=True)
-        return run.result
-
-
-class _Run:
-    """One redrive."""
-
-    def __init__(
-        self,
-        letters: DeadLetters,
         subject: str | None,
         by: str,
-        max_redrives: int | None,
+        most: int,
         force: bool,
+        forget: Callable[[str], object] | None,
         dry_run: bool,
     ) -> None:
+        if subject is not None:
+            subjects.validate_subject(subject)
         self._letters = letters
+        self._publisher = publisher
         self._subject = subject
         self._by = by
+        self._most = most
         self._force = force
+        self._forget = forget
         self._dry_run = dry_run
-        config = letters._config
-        self._most = config.max_redrives if max_redrives is None else max_redrives
-        self._stream = config.stream_name
-        self._is_own = letters.app_name == config.app_name
-        self._has_inbox = self._is_own and config.has_database
+        self._is_own = letters.app_name == letters.config.app_name
         self._without_stream: set[str] = set()
         self.result = RedriveResult()
 
     @property
     def done(self) -> int:
+        """Dead letters that it has dealt with."""
         return self.result.redriven + self.result.skipped
 
     def parts(
@@ -266,10 +120,12 @@ class _Run:
             yield page[first : first + size][:left]
 
     def ended(self, error: str) -> RedriveResult:
+        """The result of one that ended early."""
         self.result = replace(self.result, error=error)
         return self.result
 
     def reached(self, sequence: int) -> None:
+        """All up to this number is done."""
         self.result = replace(self.result, last_sequence=sequence)
 
     def send(self, letters: Sequence[StoredDeadLetter], *, edited: bool = False) -> None:
@@ -295,7 +151,7 @@ class _Run:
                 )
             message = message_of(
                 letter,
-                self._stream,
+                self._letters.config.stream_name,
                 self._letters.app_name,
                 self._by,
                 subject=self._subject,
@@ -310,12 +166,11 @@ class _Run:
         return message
 
     def _send(self, ready: Sequence[tuple[StoredDeadLetter, Message]]) -> None:
-        letters = self._letters
-        if self._force and self._has_inbox:
+        if self._forget is not None:
             for event_id in filter(None, (letter.event_id for letter, _ in ready)):
-                letters._forget(event_id)
+                self._forget(event_id)
         messages = [message for _, message in ready]
-        results, denied = letters._connection.run(self._publish, messages)
+        results, denied = self._letters.connection.run(self._publish, messages)
         stored = []
         for (letter, message), result in zip(ready, results, strict=True):
             if result.success:
@@ -325,7 +180,7 @@ class _Run:
         if not stored:
             return
         try:
-            letters.remove([letter.sequence for letter, _, _ in stored])
+            self._letters.store.remove([letter.sequence for letter, _, _ in stored])
         except NotConnectedError as error:
             self.ended(f"{len(stored)} events are sent, and perhaps not deleted here: {error}")
             return
@@ -333,11 +188,11 @@ class _Run:
 
     async def _publish(self, messages: Sequence[Message]) -> tuple[list[PublishResult], bool]:
         """What became of each; and whether NATS has denied this user something."""
-        results = await self._letters._publisher.send(messages, TIMEOUT)
+        results = await self._publisher.send(messages, TIMEOUT)
         if all(result.success for result in results):
             return results, False
         try:
-            return results, (await self._letters._connection.session(0.1)).denied
+            return results, (await self._letters.connection.session(0.1)).denied
         except NotConnectedError:
             return results, False
 
@@ -428,10 +283,6 @@ def message_of(
     return Message(letter.event_id, where, letter.body, headers)
 
 
-def _believe(event: Event) -> None:
-    """How another app's handlers read an event is not known here."""
-
-
 def _is_own(name: str) -> bool:
     low = name.lower()
     own = ("x-dead-letter", "x-deliveries", REDRIVES, "x-redriven-at", "x-redriven-by")
@@ -461,8 +312,3 @@ def who() -> str:
     except (KeyError, OSError, ImportError):  # a container's user without a name
         user = "unknown"
     return f"{user}@{socket.gethostname()}"
-
-
-def _keep_pace(until: float, stop: Callable[[], bool]) -> None:
-    while not stop() and (ahead := until - time.monotonic()) > 0:
-        time.sleep(min(ahead, 0.1))

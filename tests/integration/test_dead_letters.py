@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from celery_jetstream import JetStream, JetStreamTask, deadletter_admin, redrive
+from celery_jetstream import JetStream, JetStreamTask, dead_letters, deadletter_store, redrive
 from celery_jetstream.deadletter_filter import EVERY_LETTER, DeadLetterFilter
 from celery_jetstream.delivery import Delivery
 from celery_jetstream.exceptions import (
@@ -27,6 +27,7 @@ from celery_jetstream.exceptions import (
     TopologyError,
 )
 from celery_jetstream.inbox_rows import Entry
+from celery_jetstream.outcomes import Message
 from celery_jetstream.payloads import payload_type
 from celery_jetstream.settlement import DeadLetter
 from tests.burials import GEM_BODY, GEM_CONTEXT, Desk, gem_headers
@@ -87,6 +88,21 @@ def test_all_are_read_in_order_among_other_messages(any_desk: Desk) -> None:
     assert letters.export(io.StringIO(), progress=lambda *one: told.append(one)) == 300
     assert told[-1][0] == told[-1][1]
     assert [done for done, _ in told] == sorted(done for done, _ in told)
+
+
+def test_a_crowd_behind_a_desert_is_read_in_pages(desk: Desk) -> None:
+    """Where there are few the strides grow; a page is not to be all that comes then."""
+    desk.put(GEM_BODY, gem_headers())
+    for _ in range(6):
+        desk.publish("noise", 500)
+        desk.put(GEM_BODY, gem_headers())
+    crowd = [Message("", desk.letters.store.subject, GEM_BODY, gem_headers()) for _ in range(1500)]
+    assert all(desk.jetstream.connection.run(desk.jetstream.publisher.send, crowd, 10))
+    pages = [page for page, _ in desk.letters.store.pages(EVERY_LETTER)]
+    numbers = [letter.sequence for page in pages for letter in page]
+    assert numbers == sorted(set(numbers))
+    assert len(numbers) == 1507
+    assert max(map(len, pages)) <= 512
 
 
 def test_where_the_last_one_was_deleted_the_others_are_still_found(any_desk: Desk) -> None:
@@ -208,7 +224,7 @@ def test_a_redrive_that_was_cut_off_before_the_deletion_does_not_double(
         raise NotConnectedError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(deadletter_admin.DeadLetterAdmin, "remove", cut_off)
+        patch.setattr(deadletter_store.DeadLetterStore, "remove", cut_off)
         assert "killed" in str(any_desk.letters.redrive(EVERY_LETTER).error)
     assert any_desk.count() == 5
     again = any_desk.letters.redrive(EVERY_LETTER)
@@ -259,8 +275,8 @@ def test_a_rate_is_kept(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the clock that it looks at: 30 events at 100 a second begin in 0.3 s less one page."""
     desk.bury(count=30)
     slept = []
-    monkeypatch.setattr(redrive.time, "monotonic", lambda: 100.0 + sum(slept))
-    monkeypatch.setattr(redrive.time, "sleep", slept.append)
+    monkeypatch.setattr(dead_letters.time, "monotonic", lambda: 100.0 + sum(slept))
+    monkeypatch.setattr(dead_letters.time, "sleep", slept.append)
     assert desk.letters.redrive(EVERY_LETTER, rate=100).redriven == 30
     assert sum(slept) == pytest.approx(0.3, abs=0.11)
 
@@ -326,8 +342,8 @@ def test_a_subject_that_no_stream_takes_holds_up_no_other_letter(
 def test_an_outage_ends_a_redrive_and_nothing_is_lost(
     make_desk: MakeDesk, own_server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deadletter_admin, "PATIENCE", 0.2)
-    monkeypatch.setattr(deadletter_admin, "ASK_TIMEOUT", 0.5)
+    monkeypatch.setattr(deadletter_store, "PATIENCE", 0.2)
+    monkeypatch.setattr(deadletter_store, "ASK_TIMEOUT", 0.5)
     monkeypatch.setattr(redrive, "TIMEOUT", 0.5)
     desk = make_desk(own_server.url)
     event_ids = desk.bury(count=40)
@@ -344,12 +360,12 @@ def test_an_outage_ends_a_redrive_and_nothing_is_lost(
     assert result.error
     assert result.redriven == 10
     own_server.start()
-    monkeypatch.setattr(deadletter_admin, "PATIENCE", 10.0)
+    monkeypatch.setattr(deadletter_store, "PATIENCE", 10.0)
     rest = desk.letters.redrive(EVERY_LETTER)
     assert (rest.redriven, rest.error) == (30, None)
     assert desk.event_ids() == event_ids
     own_server.kill()
-    monkeypatch.setattr(deadletter_admin, "PATIENCE", 0.2)
+    monkeypatch.setattr(deadletter_store, "PATIENCE", 0.2)
     with pytest.raises(NotConnectedError):
         desk.letters.count()
 
@@ -435,7 +451,7 @@ def test_an_edit_is_sent_also_where_the_letter_as_it_was_has_just_been(
 ) -> None:
     (event_id,) = desk.bury()
     with monkeypatch.context() as patch:
-        patch.setattr(deadletter_admin.DeadLetterAdmin, "remove", lambda *_: None)
+        patch.setattr(deadletter_store.DeadLetterStore, "remove", lambda *_: None)
         desk.letters.redrive(event_id)
         letter = desk.letters.edited(event_id, payload={"id": 7})
         for duplicates in (0, 1):
@@ -539,7 +555,7 @@ def test_permissions(names: Names, make_desk: MakeDesk, monkeypatch: pytest.Monk
         every = letters_of("all")
         assert every.redrive(EVERY_LETTER, limit=1).redriven == 1
         assert every.purge(EVERY_LETTER, limit=1).purged == 1
-        monkeypatch.setattr(deadletter_admin, "ASK_TIMEOUT", 0.5)
+        monkeypatch.setattr(deadletter_store, "ASK_TIMEOUT", 0.5)
         looking = letters_of("look")
         assert looking.count().total == 1
         assert delete in str(looking.purge(EVERY_LETTER).error)

@@ -164,8 +164,8 @@ def test_an_event_is_edited(desk: Desk, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_nats_that_is_away_is_said_in_one_line(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("celery_jetstream.deadletter_admin.PATIENCE", 0.0)
-    monkeypatch.setattr("celery_jetstream.deadletter_admin.ASK_TIMEOUT", 0.3)
+    monkeypatch.setattr("celery_jetstream.deadletter_store.PATIENCE", 0.0)
+    monkeypatch.setattr("celery_jetstream.deadletter_store.ASK_TIMEOUT", 0.3)
     desk.close()
     desk.jetstream._forget()
     desk.jetstream.__dict__.pop("config")
