@@ -19,6 +19,7 @@ from celery.bin.base import (
 from celery.bin.worker import worker as celery_worker
 from kombu.utils.compat import detect_environment
 
+from .cli_dlq import dlq
 from .cli_inbox import inbox
 from .cli_outbox import outbox
 from .cli_provision import provision
@@ -195,6 +196,7 @@ def _handler(app: Any, task: Any) -> dict[str, Any]:
     }
 
 
+jetstream.add_command(dlq)
 jetstream.add_command(inbox)
 jetstream.add_command(outbox)
 jetstream.add_command(provision)

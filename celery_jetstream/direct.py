@@ -343,7 +343,7 @@ class Intake:
         num_delivered = flight.delivery.num_delivered
         if flight.task.policy(self._config).spent(num_delivered):
             text = f"delivered {num_delivered} times, and none of its attempts settled it"
-            return DeadLetter("max_deliveries_exceeded", "", text)
+            return DeadLetter("max_deliveries_exceeded", "", text, flight.task.name)
         return None
 
     def _pauses_for(self, flight: Flight) -> bool:

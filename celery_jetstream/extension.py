@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import dataclasses
 import logging
 import os
@@ -21,6 +22,7 @@ from . import plans, provisioning, signals, specs, status
 from .config import Config
 from .connection import Connection
 from .consumers import consumer_specs, stream_spec
+from .dead_letters import DeadLetters
 from .direct import Direct
 from .events import Event
 from .exceptions import ConfigurationError, EventError, NotConnectedError
@@ -300,6 +302,33 @@ class JetStream:
             ConfigurationError: it has no database.
         """
         return self._process.inbox
+
+    # -- dead letters ----------------------------------------------------------------------------
+
+    @property
+    def dead_letters(self) -> DeadLetters:
+        """The messages that this app has given up: to look at, send again, or delete."""
+        return DeadLetters(
+            self.config,
+            self.connection,
+            self.publisher,
+            forget=self._forget_processed,
+            check=self._read_by_handler,
+        )
+
+    def _forget_processed(self, event_id: str) -> None:
+        """Has an event handled once more; the database may be the outbox's only."""
+        with contextlib.suppress(ConfigurationError):
+            self.inbox.reset(event_id)
+
+    def _read_by_handler(self, event: Event) -> None:
+        """Raises where no handler of ours could read an event; says nothing where there is none."""
+        handlers = self.check()
+        task = handlers.find(event.event_type)
+        if task is not None:
+            task.event(event.envelope)
+        elif handlers:
+            raise EventError(f"no handler for the event type {event.event_type!r}")
 
     # -- topology --------------------------------------------------------------------------------
 
