@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from celery_jetstream import capabilities
 from tests.databases import Database
@@ -27,6 +28,9 @@ from tests.servers import (
 )
 
 __all__ = ("Names", "wait_until")
+
+# No deadlines for examples: a busy machine is no defect. (Under CI it has a profile of its own.)
+settings.register_profile("default", settings.get_profile("default"), deadline=None)
 
 # The quick ones say first what is broken; within a folder the order is random.
 FOLDERS = ("unit", "contract", "integration", "crash")
