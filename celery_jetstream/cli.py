@@ -23,7 +23,7 @@ from kombu.utils.compat import detect_environment
 from .cli_inbox import inbox
 from .cli_outbox import outbox
 from .cli_status import status
-from .commands import daemon, jetstream_of, stop_on_signals
+from .commands import daemon, http_address_option, jetstream_of, stop_on_signals
 
 __all__ = ("jetstream",)
 
@@ -48,6 +48,7 @@ def jetstream() -> None:
 )
 @click.option("--once", is_flag=True, help="Stop when the stream has no more messages for us.")
 @click.option("--max-messages", type=click.IntRange(min=1), help="Stop after so many messages.")
+@http_address_option("jetstream_http_address, else none")
 @click.pass_context
 @handle_preload_options
 def bridge(
@@ -55,6 +56,7 @@ def bridge(
     loglevel: Any,
     once: bool,
     max_messages: int | None,
+    http_address: tuple[str, int] | None,
     **options: Any,
 ) -> None:
     """Turns every JetStream message into a task, until SIGTERM or SIGINT.
@@ -62,12 +64,15 @@ def bridge(
     A second signal ends it at once. Exit status: 0 after a stop, 1 where it could not start.
     """
     from .bridge import Bridge
+    from .http import serving
 
     app = ctx.obj.app
     with daemon(app, loglevel=loglevel, **options):
-        running = Bridge(jetstream_of(app), max_messages=max_messages, once=once)
+        found = jetstream_of(app)
+        running = Bridge(found, max_messages=max_messages, once=once)
         stop_on_signals(running)
-        running.run()
+        with serving(found, http_address or found.config.http_address):
+            running.run()
 
 
 def _direct_worker(without_broker: bool, **options: Any) -> Any:

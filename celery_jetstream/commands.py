@@ -28,6 +28,7 @@ __all__ = (
     "echo_json",
     "filter_of",
     "filter_options",
+    "http_address_option",
     "inbox_of",
     "jetstream_of",
     "moment",
@@ -102,6 +103,23 @@ def stop_on_signals(running: _Running) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signals[number] = stop
+
+
+def _http_address(value: Any) -> Any:
+    try:
+        return readers.http_address(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} {error}") from None
+
+
+def http_address_option(default: str) -> Any:
+    """Adds ``--http-address``."""
+    return click.option(
+        "--http-address",
+        type=_http_address,
+        help="Serve /livez, /readyz, /status and /metrics there: 8080, :8080 (of 127.0.0.1), "
+        f"host:port. Default: {default}.",
+    )
 
 
 # -- of outbox and inbox -----------------------------------------------------------------------

@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any
 from celery import Celery, bootsteps
 from celery import signals as celery_signals
 
-from . import plans, signals, specs, status, topology
+from . import (
+    control,  # noqa: F401 - registers its command
+    plans,
+    signals,
+    specs,
+    topology,
+)
+from .breaker import Breaker
 from .capabilities import has_filter_subjects
 from .config import Config
 from .connection import Connection
@@ -26,6 +33,7 @@ from .direct import Direct
 from .events import Event
 from .exceptions import ConfigurationError, EventError, NotConnectedError
 from .handlers import Handlers
+from .health import Health, Part
 from .publisher import Message, Publisher, PublishResult
 from .request import HandBack, Keeper
 from .runtime import Runtime
@@ -79,6 +87,9 @@ class JetStream:
         self.dedicated = False
         self._lock = threading.Lock()
         self._runtime: Runtime | None = None
+        self._health: Health | None = None
+        #: What runs in this process and tells how it is: ``bridge``, ``direct``, ``relay``.
+        self.running: dict[str, Part] = {}
         self._ensured = 0.0
         self._consumers: tuple[specs.ConsumerSpec, ...] = ()
         self._ensuring: asyncio.Task[None] | None = None
@@ -159,27 +170,31 @@ class JetStream:
         """``disconnected``, ``connecting``, ``connected`` or ``reconnecting``."""
         return "disconnected" if self._runtime is None else self._runtime.connection.state
 
-    def status(self, timeout: float = 5.0) -> dict[str, Any]:
-        """How the connection, the server, the stream and the consumers are; changes nothing.
+    def health_check(self, *, fresh: bool = False, timeout: float = 5.0) -> dict[str, Any]:
+        """How this process, JetStream, outbox and inbox are; changes nothing.
 
-        Never raises for NATS's sake: see ``healthy`` and ``problems`` (docs/reference/status.md).
+        Plain values, for JSON (docs/reference/health.md): ``status`` is ``healthy``, ``degraded``
+        or ``unhealthy``, ``states`` says why and what to do. What must be asked for is kept for
+        ``jetstream_health_cache_ttl``; what this process knows, as whether it is connected, is
+        always of now. Never raises for NATS's or a database's sake. Cheap enough for every second
+        and any number of threads; not for the connection's own thread, which it would wait for.
 
         Args:
-            timeout: seconds for all of it.
+            fresh: ask now, whatever is known from before.
+            timeout: seconds to wait for answers, all together.
 
         Raises:
             ConfigurationError: the settings are wrong.
         """
-        return self.connection.run(self._status, timeout)
+        return self.health.check(fresh=fresh, timeout=timeout)
 
-    async def _status(self, timeout: float) -> dict[str, Any]:
-        ends = time.monotonic() + timeout
-        try:
-            consumers = await asyncio.wait_for(self.consumers(), timeout / 2)
-        except (NotConnectedError, asyncio.TimeoutError):
-            consumers = consumer_specs(self.config)
-        durables = [consumer.durable for consumer in consumers]
-        return await status.look(self.connection, self.config, durables, ends - time.monotonic())
+    @property
+    def health(self) -> Health:
+        """This process's health."""
+        if self._health is None:
+            with self._lock:
+                self._health = self._health or Health(self)
+        return self._health
 
     # -- publishing ------------------------------------------------------------------------------
 
@@ -387,6 +402,11 @@ class JetStream:
         return self._process.settler
 
     @property
+    def breaker(self) -> Breaker | None:
+        """The outbox's; None where this process has not used its outbox yet."""
+        return self._process.breaker
+
+    @property
     def aside(self) -> Aside:
         """This process's thread for what may wait for a database."""
         return self._process.aside
@@ -410,7 +430,8 @@ class JetStream:
 
     def _forget(self) -> None:
         self._lock = threading.Lock()
-        self._runtime = None
+        self._runtime = self._health = None
+        self.running = {}
 
 
 class CheckSettings(bootsteps.Step):

@@ -97,6 +97,7 @@ class Desk:
         consumer = SimpleNamespace(
             app=app,
             hub=None,
+            timer=None,
             pool=SimpleNamespace(is_green=False, num_processes=2),
             strategies={} if strategy is None else {"tests.taken": strategy},
             on_task_message=set(),
