@@ -45,7 +45,7 @@ BROKER_PAUSE = (0.5, 5.0)
 #: Seconds without an answer after which the broker counts as away (it may hang and say nothing).
 BROKER_SILENCE = 10.0
 #: Seconds for which an answer of the broker's proves that it is there.
-BROKER_PROOF = 5.0
+BROKER_PROOF = 2.0
 #: Messages that one look asks the stream for.
 LOOK_BATCH = 256
 #: The most messages that one bridge holds, whatever the consumer's ``max_ack_pending``.

@@ -27,7 +27,7 @@ from .commands import (
     echo_json,
     filter_of,
     filter_options,
-    http_address_option,
+    http_address,
     jetstream_of,
     moment,
     outbox_of,
@@ -81,7 +81,7 @@ def init(ctx: click.Context, sql: bool, **_: Any) -> None:
     help="Between two looks, when idle.",
 )
 @click.option("--once", is_flag=True, help="Stop when nothing is due.")
-@http_address_option("none")
+@click.option("--http-address", "address", **http_address("none"))
 @click.pass_context
 @handle_preload_options
 def relay(
@@ -89,7 +89,7 @@ def relay(
     loglevel: Any,
     interval: float,
     once: bool,
-    http_address: tuple[str, int] | None,
+    address: tuple[str, int] | None,
     **options: Any,
 ) -> None:
     """Publishes what is in the outbox, until SIGTERM or SIGINT.
@@ -109,7 +109,7 @@ def relay(
         jetstream.running["relay"] = running
         jetstream.connection.start()
         try:
-            with serving(jetstream, http_address, "--http-address"):
+            with serving(jetstream, address, "--http-address"):
                 running.run()
         finally:
             jetstream.close()

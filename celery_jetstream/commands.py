@@ -28,7 +28,7 @@ __all__ = (
     "echo_json",
     "filter_of",
     "filter_options",
-    "http_address_option",
+    "http_address",
     "inbox_of",
     "jetstream_of",
     "moment",
@@ -112,14 +112,10 @@ def _http_address(value: Any) -> Any:
         raise click.BadParameter(f"{value!r} {error}") from None
 
 
-def http_address_option(default: str) -> Any:
-    """Adds ``--http-address``."""
-    return click.option(
-        "--http-address",
-        type=_http_address,
-        help="Serve /livez, /readyz, /status and /metrics there: 8080, :8080 (of 127.0.0.1), "
-        f"host:port. Default: {default}.",
-    )
+def http_address(default: str) -> dict[str, Any]:
+    """What the option ``--http-address`` is, but for its name."""
+    text = "Serve /livez, /readyz, /status and /metrics there: 8080, :8080 (of 127.0.0.1), "
+    return {"type": _http_address, "help": f"{text}host:port. Default: {default}."}
 
 
 # -- of outbox and inbox -----------------------------------------------------------------------

@@ -12,15 +12,17 @@ import contextlib
 import importlib
 import json
 import logging
+import os
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from http import HTTPStatus
 from typing import Any, NamedTuple
 
+from celery.signals import worker_ready
+
 from .exceptions import ConfigurationError
-from .threads import in_native_thread
+from .threads import in_native_thread, start_native_thread, wait
 
 __all__ = ("serving",)
 
@@ -71,6 +73,8 @@ def serving(
         return
     server = _Server(jetstream, _listen(address, name))
     server.start()
+    server.announce()
+    worker_ready.connect(server.announce)  # a worker's log is set up later
     try:
         yield server.port
     finally:
@@ -98,24 +102,27 @@ class _Server:
         self._jetstream = jetstream
         self._listener = listener
         self.port: int = listener.getsockname()[1]
-        self._loop = asyncio.new_event_loop()
         self._clients = 0
-        self._turns = asyncio.Semaphore(THREADS)
-        self._server: asyncio.Server | None = None
-        self._thread = threading.Thread(target=self._run, name="jetstream-http", daemon=True)
 
     def start(self) -> None:
-        self._thread.start()
+        started: Future[asyncio.AbstractEventLoop] = Future()
+        self._ended = start_native_thread(self._run, started)
+        self._loop = wait(started, None)
+        os.register_at_fork(after_in_child=self._listener.close)  # or a child keeps the port
+
+    def announce(self, **_: Any) -> None:
         host = self._listener.getsockname()[0]
         shown = f"[{host}]" if ":" in host else host
         logger.info("http://%s:%d serves /livez, /readyz, /status and /metrics", shown, self.port)
 
     def stop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(1)
+        self._ended.wait_among_greenlets(1)
 
-    def _run(self) -> None:
-        loop = self._loop
+    def _run(self, started: Future[asyncio.AbstractEventLoop]) -> None:
+        loop = asyncio.new_event_loop()  # here: under gevent it belongs to the thread's own hub
+        self._turns = asyncio.Semaphore(THREADS)
+        started.set_result(loop)
         try:
             starting = asyncio.start_server(self._serve, sock=self._listener, limit=LARGEST_REQUEST)
             self._server = loop.run_until_complete(starting)
@@ -125,7 +132,8 @@ class _Server:
             tasks = asyncio.all_tasks(loop)
             for task in tasks:
                 task.cancel()
-            loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            if tasks:
+                loop.run_until_complete(asyncio.wait(tasks, timeout=1))
             loop.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -82,6 +83,20 @@ def test_neither_events_nor_tasks_starve(desk: Stack, celery: Celery) -> None:
         both.pop()  # one kind is done
     assert 0.2 <= both.count("handled") / len(both) <= 0.8, both
     handled_once(desk, events)
+
+
+def test_inspect_jetstream_tells_how_a_worker_is(desk: Stack) -> None:
+    events = desk.publish("slow.held", 2, seconds=1)
+    desk.wait_ledger(lambda: len(lines(desk, events, "begun")) == 2, 30, "two to run")
+    process = desk.celery("inspect", "jetstream", "--json", "--timeout", "5")
+    assert process.wait(30) == 0, process.text()
+    (report,) = json.loads(process.text().splitlines()[0]).values()
+    assert (report["status"], report["connection"]["state"]) == ("healthy", "connected")
+    assert report["direct"]["pulling"] is True
+    assert 0 <= report["worker"]["held"] <= 2
+    assert report["worker"]["handlers"]["tests.apps.desk.slow"] == ["slow.*"]
+    assert report["settlements_unconfirmed"] >= 0
+    wait_handled(desk, events)
 
 
 def test_inspect_shows_what_runs_and_what_waits(desk: Stack, celery: Celery) -> None:

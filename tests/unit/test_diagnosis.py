@@ -182,8 +182,11 @@ def test_tables_that_nobody_needs_may_be_missing() -> None:
 
 def test_a_feature_that_the_server_lacks_is_said_once() -> None:
     lack = {
-        **{"feature": "atomic batches", "since": "2.12.0", "instead": "one by one"},
-        **{"setting": "jetstream_outbox_atomic", "asked_for": True},
+        "feature": "atomic batches",
+        "since": "2.12.0",
+        "instead": "one by one",
+        "setting": "jetstream_outbox_atomic",
+        "asked_for": True,
     }
     report = changed("stream.atomic", False)
     report["server"]["lacks"] = [lack]
