@@ -1,4 +1,4 @@
-"""``celery -A … jetstream status``, and ``JetStream.health_check(fresh=True)``: what they say, and how soon."""
+"""``celery -A … jetstream status``, and what ``health_check()`` finds of NATS, and how soon."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from tests.stack import Stack
 
 MakeStack = Callable[..., Stack]
 MakeApp = Callable[..., JetStream]
-
 
 
 @pytest.fixture

@@ -225,10 +225,11 @@ def test_every_code_is_found_by_a_case() -> None:
 
 
 def test_every_code_is_documented_with_its_severity_and_remedy() -> None:
-    row = re.compile(r"^\| `(\w+)` \| (\w+) \|(.*)\| (.+) \|$", re.MULTILINE)
+    row = re.compile(r"^\| `(\w+)` \| ((?:un|de)\w+)(.*?) \| .+ \| (.+) \|$", re.MULTILINE)
     found = {
-        code: (severity, "not ready" not in marks, "not alive" not in marks)
-        for code, severity, marks, _ in row.findall(PAGE.read_text("utf-8"))
-        if severity in (DEGRADED, UNHEALTHY)
+        code: (severity, "not ready" not in marks, "not alive" not in marks, remedy)
+        for code, severity, marks, remedy in row.findall(PAGE.read_text("utf-8"))
     }
-    assert found == {code: (kind.severity, kind.ready, kind.alive) for code, kind in CODES.items()}
+    assert found == {
+        code: (kind.severity, kind.ready, kind.alive, kind.remedy) for code, kind in CODES.items()
+    }
