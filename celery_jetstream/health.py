@@ -20,6 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from typing import Any, Protocol
 
@@ -312,11 +313,16 @@ def _judged(report: dict[str, Any], states: list[State]) -> dict[str, Any]:
     }
 
 
+@cache
+def _nats_py() -> str:
+    return metadata.version("nats-py")
+
+
 def _versions(session: Session | None) -> dict[str, str | None]:
     return {
         "celery_jetstream": sys.modules[__package__].__version__,
         "celery": celery.__version__,
-        "nats_py": metadata.version("nats-py"),
+        "nats_py": _nats_py(),
         "nats_server": None if session is None else session.server_version or None,
         "python": platform.python_version(),
     }

@@ -30,7 +30,7 @@ from celery_jetstream.testing import NatsServer, wait_until
 from tests.conftest import Names
 from tests.databases import Database
 from tests.servers import PostgresServer, RedisServer, need
-from tests.stack import CeleryProcess, Stack
+from tests.stack import ROOT, CeleryProcess, Stack
 
 MakeJetStream = Callable[..., JetStream]
 
@@ -51,6 +51,23 @@ def port_of(process: CeleryProcess) -> int:
     found = re.search(r"http://127\.0\.0\.1:(\d+) serves", process.text())
     assert found
     return int(found[1])
+
+
+DOCUMENTED = set(
+    re.findall(r"`(\w+)`", (ROOT / "docs/reference/health.md").read_text(encoding="utf-8"))
+)
+#: What is below these is named by the user, or documented elsewhere.
+OTHERS = {"config", "counts", "queues", "leases", "subjects"}
+
+
+def keys_of(value: Any) -> set[str]:
+    """All keys of a report."""
+    if isinstance(value, list):
+        return set().union(*map(keys_of, value))
+    if not isinstance(value, dict):
+        return set()
+    below = [keys_of(part) for name, part in value.items() if name not in OTHERS]
+    return set(value).union(*below)
 
 
 def codes(report: dict[str, Any]) -> list[str]:
@@ -117,6 +134,7 @@ def test_a_bridge_that_is_well_says_so(site: Site) -> None:
     assert report["bridge"]["pulling"] is True
     assert site.get("/status?pretty", "HEAD") == (200, "")
     assert site.get("/metrics")[0] in (200, 501)
+    assert keys_of(report) <= DOCUMENTED, keys_of(report) - DOCUMENTED
 
 
 @pytest.mark.parametrize(
@@ -332,6 +350,7 @@ def test_outbox_and_inbox_are_told(
     report = jetstream.health_check()
     assert (report["status"], report["outbox"]["counts"]["pending"]) == ("healthy", 1)
     assert report["inbox"]["counts"]["processed"] == 0
+    assert keys_of(report) <= DOCUMENTED, keys_of(report) - DOCUMENTED
     engine = create_engine(sqlite.url)
     with engine.begin() as connection:
         late = "UPDATE jetstream_outbox SET created_at = '2020-01-01 00:00:00.000000'"
