@@ -89,7 +89,7 @@ class Health:
         if fresh or is_there or (begins and connection.last_error is None):
             self._nats.wait(since, ends)  # else it is known to be away
         self._databases.wait(since, ends)
-        report = {**self._unknown(), **self._found(), **self._of_this_process()}
+        report = {**self._unknown(), **self._found(since), **self._of_this_process()}
         report["connection"]["rtt_ms"] = report.pop("rtt_ms")
         return _judged(report, diagnose(report))
 
@@ -106,17 +106,20 @@ class Health:
             "config": config.summary(),
         }
 
-    def _found(self) -> dict[str, Any]:
-        """What the looks have found, as far as it is still true."""
+    def _found(self, since: float) -> dict[str, Any]:
+        """What the looks have found, as far as it is still true.
+
+        A look that was to be over by now is one that gets no answer.
+        """
         found: dict[str, Any] = {}
         session, seen = self._jetstream.connection.live_session, self._nats.seen
         if session is not None and seen is not None and seen.session is session:
             found |= seen.found
-        elif session is not None and (late := self._nats.running_for) is not None:
+        if session is not None and (late := self._nats.late(since)) is not None:
             found["unanswered"] = f"not all was answered in {late:.1f} s"
         if seen := self._databases.seen:
             found |= seen.found
-        if (late := self._databases.running_for) is not None and late > HASTE:
+        if (late := self._databases.late(since)) is not None:
             for name in self._databases_of():
                 text = f"the {name}'s database has not answered for {late:.1f} s"
                 found[name] = {"error": text, "needed": True}
@@ -246,12 +249,13 @@ class _Look:
         seen = self.seen
         return None if seen is None else round(time.monotonic() - seen.began, 1)
 
-    @property
-    def running_for(self) -> float | None:
-        """Seconds since the look was begun that has not ended; None where there is none."""
+    def late(self, since: float) -> float | None:
+        """Seconds since a look was begun of which there is nothing yet; None where there is."""
         with self._lock:
             self._take()
-            return None if self._running is None else time.monotonic() - self._began
+            if self._running is None or (self._seen is not None and self._seen.began >= since):
+                return None
+            return time.monotonic() - self._began
 
     def begin(self, since: float) -> Future[_Seen] | None:
         """Begins a look, or finds the one that runs; None where one was begun since then."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,9 +87,10 @@ def test_neither_events_nor_tasks_starve(desk: Stack, celery: Celery) -> None:
 
 
 def test_inspect_jetstream_tells_how_a_worker_is(desk: Stack) -> None:
-    events = desk.publish("slow.held", 2, seconds=1)
+    events = desk.publish("slow.held", 2, seconds=0.5)
     desk.wait_ledger(lambda: len(lines(desk, events, "begun")) == 2, 30, "two to run")
-    process = desk.celery("inspect", "jetstream", "--json", "--timeout", "5")
+    worker = f"w0@{socket.gethostname()}"  # it is not waited for others then
+    process = desk.celery("inspect", "jetstream", "--json", "-t", "10", "-d", worker)
     assert process.wait(30) == 0, process.text()
     (report,) = json.loads(process.text().splitlines()[0]).values()
     assert (report["status"], report["connection"]["state"]) == ("healthy", "connected")
@@ -167,7 +169,10 @@ NO_BROKER = "redis://127.0.0.1:9/0"
 def test_without_a_broker(make_direct: Any) -> None:
     """There is none at that address; and a child that dies locks out no other."""
     stack = make_direct(broker=NO_BROKER, worker_send_task_events=True)
-    worker = stack.worker("--without-broker", CELERY_BROKER_READ_URL=NO_BROKER)
+    options = ("--without-broker", "--http-address", "0")
+    worker = stack.worker(*options, CELERY_BROKER_READ_URL=NO_BROKER)
+    wait_until(lambda: worker.get("/readyz") == (200, "ok\n"), 10, "it to pull")
+    assert json.loads(worker.get("/status")[1])["direct"]["restarts"] == 0
     events = stack.publish("order.alone", 200)
     wait_handled(stack, events)
     for child in cpu.children(worker.pid):

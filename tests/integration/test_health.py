@@ -7,7 +7,7 @@ test.
 from __future__ import annotations
 
 import asyncio
-import http.client
+import contextlib
 import json
 import os
 import re
@@ -30,27 +30,9 @@ from celery_jetstream.testing import NatsServer, wait_until
 from tests.conftest import Names
 from tests.databases import Database
 from tests.servers import PostgresServer, RedisServer, need
-from tests.stack import ROOT, CeleryProcess, Stack
+from tests.stack import ROOT, Stack, get
 
 MakeJetStream = Callable[..., JetStream]
-
-
-def get(port: int, path: str, method: str = "GET") -> tuple[int, str]:
-    """The status and the body."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=12)
-    try:
-        connection.request(method, path)
-        response = connection.getresponse()
-        return response.status, response.read().decode()
-    finally:
-        connection.close()
-
-
-def port_of(process: CeleryProcess) -> int:
-    process.wait_for("serves /livez")
-    found = re.search(r"http://127\.0\.0\.1:(\d+) serves", process.text())
-    assert found
-    return int(found[1])
 
 
 DOCUMENTED = set(
@@ -83,10 +65,9 @@ class Site:
     def __init__(self, nats: NatsServer, broker: RedisServer, stack: Stack) -> None:
         self.nats, self.broker, self.stack = nats, broker, stack
         self.bridge = stack.bridge()
-        self.port = port_of(self.bridge)
-
-    def get(self, path: str, method: str = "GET") -> tuple[int, str]:
-        return get(self.port, path, method)
+        self.get = self.bridge.get
+        self.bridge.get("/livez")
+        self.port = int(self.bridge.text().split("http://127.0.0.1:")[1].split()[0])
 
     def report(self) -> dict[str, Any]:
         report: dict[str, Any] = json.loads(self.get("/status")[1])
@@ -254,6 +235,21 @@ def test_what_was_wrong_is_asked_about_again_soon(
     wait_until(lambda: jetstream.health_check()["healthy"], 5, "it to be green")
 
 
+def test_a_server_that_hangs_gives_no_answer_in_time(
+    own_server: NatsServer, make_jetstream: MakeJetStream
+) -> None:
+    jetstream = make_jetstream(own_server.url)
+    jetstream.provision()
+    assert jetstream.health_check()["healthy"]
+    own_server.pause()
+    began = time.monotonic()
+    report = jetstream.health_check(fresh=True, timeout=0.5)
+    assert time.monotonic() - began < 2
+    assert codes(report) == ["no_answer"]
+    own_server.resume()
+    wait_until(lambda: jetstream.health_check()["healthy"], 20, "it to be green again")
+
+
 def test_many_threads_share_one_look(
     nats_server: NatsServer, make_jetstream: MakeJetStream
 ) -> None:
@@ -328,6 +324,24 @@ def test_a_hung_loop_is_not_alive(
         wait_until(lambda: get(port, "/livez")[0] == 200, 5, "the loop to turn again")
 
 
+def test_a_slow_client_is_dropped_and_so_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("celery_jetstream.http.CLIENT_TIMEOUT", 0.3)
+    monkeypatch.setattr("celery_jetstream.http.MOST_CLIENTS", 3)
+    with serving(None, ("127.0.0.1", 0)) as port, contextlib.ExitStack() as stack:
+        assert port
+        address = ("127.0.0.1", port)
+        clients = [stack.enter_context(socket.create_connection(address, 5)) for _ in range(4)]
+        began = time.monotonic()
+        with contextlib.suppress(ConnectionResetError):
+            assert clients[3].recv(1) == b""
+        assert time.monotonic() - began < 0.3
+        clients[0].sendall(b"GET /livez")
+        with contextlib.suppress(ConnectionResetError):
+            assert clients[0].recv(1) == b""
+        assert time.monotonic() - began < 3
+        wait_until(lambda: get(port, "/nothing")[0] == 404, 5, "room for others")
+
+
 # -- outbox and inbox ------------------------------------------------------------------------------
 
 
@@ -364,10 +378,7 @@ def test_outbox_and_inbox_are_told(
 
 
 def test_a_database_that_hangs_does_not_hang_it(
-    nats_server: NatsServer,
-    make_jetstream: MakeJetStream,
-    sqlite: Database,
-    monkeypatch: pytest.MonkeyPatch,
+    nats_server: NatsServer, make_jetstream: MakeJetStream, sqlite: Database
 ) -> None:
     """One look at a time: those who come meanwhile do not wait for one that has had its time."""
     jetstream = make_jetstream(nats_server.url, jetstream_database_url=sqlite.url)
@@ -375,7 +386,6 @@ def test_a_database_that_hangs_does_not_hang_it(
     jetstream.outbox.create_tables()
     jetstream.inbox.create_tables()
     released, looks = threading.Event(), list[None]()
-    monkeypatch.setattr(health, "HASTE", 0.3)
 
     @event.listens_for(jetstream.outbox.database.engine, "before_cursor_execute")
     def hang(*_: Any) -> None:
