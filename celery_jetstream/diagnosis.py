@@ -151,6 +151,9 @@ CODES: dict[str, Code] = {
     "dead_letters": Code(
         DEGRADED, "find out why (celery -A … jetstream dlq list), then redrive or purge them"
     ),
+    "dead_letter_too_big": Code(
+        DEGRADED, "raise jetstream_max_payload, and the server's max_payload, for a while"
+    ),
     # outbox and inbox
     "database_away": Code(
         UNHEALTHY, "bring the database back; nothing is lost, and it is used again by itself"
@@ -355,6 +358,15 @@ def _dead_letters(report: Report) -> Iterator[State]:
         yield State("dead_letters", f"{dead['count']} dead letters on {dead['subject']}{age}")
 
 
+def _too_big(report: Report) -> Iterator[State]:
+    if count := report["too_big"]:
+        yield State(
+            "dead_letter_too_big",
+            f"{count} messages are given up, and too big to become dead letters: they stay in the "
+            "stream, and are tried again each hour",
+        )
+
+
 # -- outbox and inbox ------------------------------------------------------------------------------
 
 
@@ -393,6 +405,6 @@ def _outbox(report: Report) -> Iterator[State]:
 
 _LOOKS: tuple[Callable[[Report], Iterator[State]], ...] = (
     *(_connection, _bridge, _worker, _paused, _relay),
-    *(_jetstream, _stream, _consumers, _dead_letters),
+    *(_jetstream, _stream, _consumers, _dead_letters, _too_big),
     *(_databases, _outbox),
 )

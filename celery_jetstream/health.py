@@ -145,6 +145,7 @@ class Health:
                 "loop_silent": round(connection.silent_for, 1),
             },
             "settlements_unconfirmed": jetstream.settler.pending,
+            "too_big": jetstream.settler.too_big,
             "breaker": None if breaker is None else breaker.tell(),
             **{name: parts.get(name) for name in ("bridge", "direct", "relay", "worker")},
             "versions": _versions(session),

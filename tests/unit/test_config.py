@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import ssl
 import types
@@ -310,6 +311,23 @@ def test_good_values(name: str, value: object, expected: object) -> None:
     config = read(**{name: value})
     assert getattr(config, name) == expected
     assert dataclasses.replace(config) == config  # what was read can be read again
+
+
+def test_a_summary_is_plain_and_has_no_credentials() -> None:
+    summary = read(
+        nats_urls="nats://alice:s3cr3t@a:1,nats://b:2",
+        nats_options={"password": "s3cr3t", "token": "s3cr3t", "ping_interval": 2},
+        database_url="postgresql+psycopg://alice:s3cr3t@host/shop?password=s3cr3t",
+        http_address="8080",
+    ).summary()
+    assert summary.keys() == DEFAULTS.keys()
+    text = json.dumps(summary)
+    assert "s3cr3t" not in text
+    assert (summary["nats_urls"], summary["http_address"]) == (
+        ["nats://***@a:1", "nats://b:2"],
+        ["127.0.0.1", 8080],
+    )
+    assert (summary["app_name"], summary["backoff"][0]) == ("api", 1.0)
 
 
 def test_every_setting_is_in_the_tables() -> None:

@@ -50,6 +50,7 @@ def well() -> dict[str, Any]:
             "paused_handlers": [],
         },
         "relay": {"trouble": None, "turned": 0.1},
+        "too_big": 0,
         "breaker": {"outage": None, "subjects": {}},
         "outbox": {
             "needed": True,
@@ -121,6 +122,7 @@ CASES: list[tuple[str, Any, str, str]] = [
     ("consumer.ack_pending", 1000, "ack_pending_full", "1000 .* 3 others"),
     ("consumer.taken", False, "nobody_pulls", "3 messages"),
     ("dead_letters", {"count": 2, "oldest": 7.0}, "dead_letters", "2 dead .* 7 s"),
+    ("too_big", 2, "dead_letter_too_big", "2 messages"),
     ("outbox", {"error": "away"}, "database_away", "away"),
     ("inbox", {"error": "away"}, "database_away", "away"),
     ("outbox.counts", None, "tables_missing", "outbox"),
