@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import os
 import platform
 import socket
@@ -114,11 +115,11 @@ class Health:
         found: dict[str, Any] = {}
         session, seen = self._jetstream.connection.live_session, self._nats.seen
         if session is not None and seen is not None and seen.session is session:
-            found |= seen.found
+            found |= copy.deepcopy(seen.found)  # a caller may change what it gets
         if session is not None and (late := self._nats.late(since)) is not None:
             found["unanswered"] = f"not all was answered in {late:.1f} s"
         if seen := self._databases.seen:
-            found |= seen.found
+            found |= copy.deepcopy(seen.found)
         if (late := self._databases.late(since)) is not None:
             for name in self._databases_of():
                 text = f"the {name}'s database has not answered for {late:.1f} s"
