@@ -29,10 +29,11 @@ import celery
 
 from . import status
 from .consumers import consumer_specs
-from .diagnosis import DEGRADED, UNHEALTHY, State, diagnose, overall
+from .diagnosis import diagnose
 from .exceptions import CeleryJetStreamError, ConnectionRefusedByServer, NotConnectedError
 from .schedule import uses_inbox
 from .session import Session
+from .states import DEGRADED, UNHEALTHY, State, overall
 from .threads import wait
 
 __all__ = ("Health", "Part")

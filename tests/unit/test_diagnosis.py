@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from celery_jetstream.config import Config
-from celery_jetstream.diagnosis import CODES, DEGRADED, HEALTHY, UNHEALTHY, diagnose, overall
+from celery_jetstream.diagnosis import diagnose
+from celery_jetstream.states import CODES, DEGRADED, HEALTHY, UNHEALTHY, overall
 from celery_jetstream.status import nothing_known
 
 PAGE = Path(__file__).parents[2] / "docs/reference/health.md"
