@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 __all__ = ("EVERYTHING", "Breaker")
 
@@ -74,6 +75,13 @@ class Breaker:
         """Seconds since it began to fail; 0 where it does not."""
         circuit = self._circuits.get(name)
         return 0.0 if circuit is None else self._clock() - circuit.since
+
+    def tell(self) -> dict[str, Any]:
+        """What is left alone, as plain values: ``outage`` (why all is) and ``subjects``."""
+        return {
+            "outage": self.error(EVERYTHING),
+            "subjects": {name: self.error(name) for name in self.open_names},
+        }
 
     @property
     def names(self) -> list[str]:

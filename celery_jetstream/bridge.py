@@ -51,6 +51,8 @@ DISPATCH_BATCH = 100
 BROKER_PAUSE = (0.5, 5.0)
 #: Seconds without an answer after which the broker counts as away (it may hang and say nothing).
 BROKER_SILENCE = 10.0
+#: Seconds for which an answer of the broker's proves that it is there.
+BROKER_PROOF = 2.0
 #: Messages that one look asks the stream for.
 LOOK_BATCH = 256
 #: The most messages that one bridge holds, whatever the consumer's ``max_ack_pending``.
@@ -103,10 +105,59 @@ class Bridge:
         self._intakes: list[Pull | Push] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._broker_down = False
+        self._broker_error: str | None = None
+        self._broker_heard = time.monotonic()
+        self._prove_broker = False
+        self._phase = "starting"
+        self._turned = {"main": 0.0, "dispatcher": 0.0}
         self._asked_broker: float | None = None
         self._stalled: set[str] = set()
         self._taken = 0
         self._beyond: list[Delivery] = []
+        jetstream.running["bridge"] = self
+
+    # -- any thread ------------------------------------------------------------------------------
+
+    def tell(self) -> dict[str, Any]:
+        """How it is, as plain values (docs/reference/health.md); does not wait."""
+        now, asked = time.monotonic(), self._asked_broker
+        troubles = [trouble for intake in self._intakes if (trouble := intake.trouble)]
+        turned = {name: round(now - at, 1) for name, at in self._turned.items()}
+        if asked is not None:
+            turned["dispatcher"] = 0.0  # it waits for the broker
+        with self._lock:
+            queues, in_flight = self._flights.queues(now), len(self._flights)
+            paused = self._pauses.names
+        return {
+            "phase": self._phase,
+            "pulling": bool(self._intakes) and not troubles,
+            "trouble": "; ".join(troubles) or None,
+            "broker": {
+                "up": not self._broker_down,
+                "error": self._broker_error,
+                "silent": 0.0 if asked is None else round(now - max(self._broker_heard, asked), 1),
+            },
+            "dispatched": self.dispatched,
+            "in_flight": in_flight,
+            "capacity": self._flights.capacity,
+            "queues": queues,
+            "crowded": sorted(self._stalled),
+            "paused_handlers": paused,
+            "turned": turned,
+        }
+
+    def prove(self, patience: float) -> None:
+        """Has the broker asked whether it is there, where that is not known of just now.
+
+        Waits for its answer, ``patience`` seconds at the most; :meth:`tell` says what it was.
+        """
+        ends = time.monotonic() + patience
+        if self._phase != "running" or time.monotonic() - self._broker_heard < BROKER_PROOF:
+            return
+        before, self._prove_broker = self._broker_heard, True
+        self._work.set()
+        while self._broker_heard == before and not self._broker_down and time.monotonic() < ends:
+            time.sleep(0.02)
 
     # -- main thread -----------------------------------------------------------------------------
 
@@ -127,6 +178,7 @@ class Bridge:
         self._check_retention()
         logger.info("bridge is ready: %s", ", ".join(self.config.consume_subjects))
         signals.bridge_ready.send(sender=self.jetstream, bridge=self)
+        self._phase, self._turned["main"] = "running", time.monotonic()
         failure = self._wait(dispatcher)
         self._end(dispatcher)
         if failure:
@@ -151,6 +203,7 @@ class Bridge:
         """Waits to be told to stop; returns what has ended that must not."""
         bounded = self._once or self._max_messages is not None
         while not (bounded and self._finished()):
+            self._turned["main"] = time.monotonic()
             if not dispatcher.is_alive():
                 return "the dispatcher thread has ended"
             if any(task.done() for task in self._tasks):
@@ -171,6 +224,7 @@ class Bridge:
         return self._once and left == 0 and all(intake.idle for intake in self._intakes)
 
     def _end(self, dispatcher: threading.Thread) -> None:
+        self._phase = "stopping"
         signals.bridge_shutting_down.send(sender=self.jetstream, bridge=self)
         self._stop.set()
         self._work.set()
@@ -181,6 +235,7 @@ class Bridge:
         with contextlib.suppress(NotConnectedError):
             self.jetstream.connection.run(self._hand_back, timeout=STOP_TIMEOUT / 2)
         self.jetstream.close(timeout=max(0.5, deadline - time.monotonic()))
+        self.jetstream.running.pop("bridge", None)
         logger.info("bridge has stopped")
 
     # -- loop thread: in, keepalive, claims --------------------------------------------------------
@@ -334,11 +389,15 @@ class Bridge:
         pause = BROKER_PAUSE[0]
         check = time.monotonic()
         while not self._stop.is_set():
+            self._turned["dispatcher"] = time.monotonic()
             self._work.wait(timeout=min(1.0, self.config.ack_wait / 3))
             self._work.clear()
             self._resume_paused()
             self._asked_broker = time.monotonic()
             try:
+                if self._prove_broker or self._broker_down:
+                    self._dispatcher.ping()
+                    self._heard_broker()
                 while self._dispatch_some() and not self._stop.is_set():
                     pass
                 if time.monotonic() - check > self.config.ack_wait * 2 / 3:
@@ -383,6 +442,7 @@ class Bridge:
                 raise
             except Exception:  # one of them cannot be sent: it must not stop the others
                 self._send_each(outgoing)
+            self._heard_broker()
             self.dispatched += sum(1 for flight in outgoing if flight.copies == 1)
         return bool(flights)
 
@@ -476,7 +536,11 @@ class Bridge:
 
     # -- saying things once ----------------------------------------------------------------------
 
+    def _heard_broker(self) -> None:
+        self._broker_heard, self._prove_broker = time.monotonic(), False
+
     def _broker_is(self, up: bool, error: BaseException | None = None) -> None:
+        self._broker_error = None if up else str(error) or repr(error)
         if not up and not self._broker_down:
             logger.error("the Celery broker is away; messages wait in the bridge: %s", error)
         if up and self._broker_down:

@@ -24,7 +24,7 @@ from .cli_inbox import inbox
 from .cli_outbox import outbox
 from .cli_provision import provision
 from .cli_status import status
-from .commands import daemon, jetstream_of, stop_on_signals
+from .commands import daemon, http_address, jetstream_of, stop_on_signals
 
 __all__ = ("jetstream",)
 
@@ -49,6 +49,7 @@ def jetstream() -> None:
 )
 @click.option("--once", is_flag=True, help="Stop when the stream has no more messages for us.")
 @click.option("--max-messages", type=click.IntRange(min=1), help="Stop after so many messages.")
+@click.option("--http-address", "address", **http_address("jetstream_http_address, else none"))
 @click.pass_context
 @handle_preload_options
 def bridge(
@@ -56,6 +57,7 @@ def bridge(
     loglevel: Any,
     once: bool,
     max_messages: int | None,
+    address: tuple[str, int] | None,
     **options: Any,
 ) -> None:
     """Turns every JetStream message into a task, until SIGTERM or SIGINT.
@@ -63,15 +65,18 @@ def bridge(
     A second signal ends it at once. Exit status: 0 after a stop, 1 where it could not start.
     """
     from .bridge import Bridge
+    from .http import serving
 
     app = ctx.obj.app
     with daemon(app, loglevel=loglevel, **options):
-        running = Bridge(jetstream_of(app), max_messages=max_messages, once=once)
+        found = jetstream_of(app)
+        running = Bridge(found, max_messages=max_messages, once=once)
         stop_on_signals(running)
-        running.run()
+        with serving(found, address or found.config.http_address):
+            running.run()
 
 
-def _direct_worker(without_broker: bool, **options: Any) -> Any:
+def _direct_worker(without_broker: bool, address: tuple[str, int] | None, **options: Any) -> Any:
     """Starts a worker that takes its messages from JetStream itself, not from a bridge.
 
     It takes Celery's own options, and runs every handler of the app. It consumes no queue but those
@@ -81,6 +86,7 @@ def _direct_worker(without_broker: bool, **options: Any) -> Any:
     Exit status: 1 where no server answers, or the stream and consumer cannot be had.
     """
     from .exceptions import CeleryJetStreamError
+    from .http import serving
 
     app = click.get_current_context().obj.app
     found = jetstream_of(app)
@@ -104,7 +110,11 @@ def _direct_worker(without_broker: bool, **options: Any) -> Any:
     if not options.get("queues"):
         options["exclude_queues"] = list(app.amqp.queues)
     found.dedicated = True
-    return celery_worker.callback(**options)
+    try:
+        with serving(found, None if options.get("detach") else address, "--http-address"):
+            return celery_worker.callback(**options)
+    except CeleryJetStreamError as error:
+        raise click.ClickException(str(error)) from error
 
 
 def _no_broker(app: Any) -> dict[str, Any]:
@@ -133,6 +143,7 @@ worker.params = [
         help_group="Features",
         help="Take nothing from a broker, also not remote control.",
     ),
+    CeleryOption(["--http-address", "address"], help_group="Features", **http_address("none")),
 ]
 
 

@@ -28,6 +28,7 @@ from .commands import (
     echo_json,
     filter_of,
     filter_options,
+    http_address,
     jetstream_of,
     moment,
     outbox_of,
@@ -81,15 +82,24 @@ def init(ctx: click.Context, sql: bool, **_: Any) -> None:
     help="Between two looks, when idle.",
 )
 @click.option("--once", is_flag=True, help="Stop when nothing is due.")
+@click.option("--http-address", "address", **http_address("none"))
 @click.pass_context
 @handle_preload_options
-def relay(ctx: click.Context, loglevel: Any, interval: float, once: bool, **options: Any) -> None:
+def relay(
+    ctx: click.Context,
+    loglevel: Any,
+    interval: float,
+    once: bool,
+    address: tuple[str, int] | None,
+    **options: Any,
+) -> None:
     """Publishes what is in the outbox, until SIGTERM or SIGINT.
 
     For those who want it published without beat, or sooner than a beat comes. Any number of relays,
     workers and beats at once is correct. Outages are waited for. A second signal ends it at once.
     Exit status: 0 after a stop, 1 where it could not start.
     """
+    from .http import serving
     from .relay import Relay
 
     app = ctx.obj.app
@@ -97,9 +107,11 @@ def relay(ctx: click.Context, loglevel: Any, interval: float, once: bool, **opti
         jetstream = jetstream_of(app)
         running = Relay(jetstream.outbox.drain, interval=interval, once=once)
         stop_on_signals(running)
+        jetstream.running["relay"] = running
         jetstream.connection.start()
         try:
-            running.run()
+            with serving(jetstream, address, "--http-address"):
+                running.run()
         finally:
             jetstream.close()
 

@@ -1,4 +1,4 @@
-"""``celery -A app jetstream status``: how the NATS side is."""
+"""``celery -A app jetstream status``: the health of the app, as this process finds it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import click
 from celery.bin.base import CeleryCommand, handle_preload_options
 
-from .commands import JSON, echo_json, jetstream_of
+from .commands import JSON, age_text, echo_json, jetstream_of
 
 __all__ = ("status",)
 
@@ -26,21 +26,23 @@ __all__ = ("status",)
 @click.pass_context
 @handle_preload_options
 def status(ctx: click.Context, timeout: float, as_json: bool, **_: Any) -> None:
-    """Says how the connection, the server, the stream and the consumers are.
+    """Says how NATS, the stream, the consumers, outbox, inbox and dead letters are.
 
-    It changes nothing. What the server lacks is named, and what happens instead.
+    It changes nothing. What is not as it should be is named, with what to do about it. How a bridge
+    or a worker is, they say themselves: a bridge's /status, celery inspect jetstream.
 
-    Exit status: 0 when all is well; 1 when no server answers in --timeout, the stream or a consumer
-    is not there or not as it must be, messages are stuck, or a setting asks for what there is not.
+    Exit status: 0 when it is healthy or degraded; 1 when it is unhealthy: no server answers in
+    --timeout, the stream or a consumer is not there or not as it must be, messages are stuck, a
+    setting asks for what there is not, a database is away, or the settings are wrong.
     """
     from .exceptions import CeleryJetStreamError
 
     jetstream = jetstream_of(ctx.obj.app)
     try:
-        found = jetstream.status(timeout=timeout)
+        found = jetstream.health_check(fresh=True, timeout=timeout)
     except CeleryJetStreamError as error:  # the settings
         if as_json:
-            echo_json({"healthy": False, "problems": [str(error)]})
+            echo_json({"status": "unhealthy", "healthy": False, "problems": [str(error)]})
             sys.exit(1)
         raise click.ClickException(str(error)) from error
     finally:
@@ -54,6 +56,16 @@ def status(ctx: click.Context, timeout: float, as_json: bool, **_: Any) -> None:
 
 
 def _lines(found: dict[str, Any]) -> Iterator[str]:
+    yield from _of_nats(found)
+    yield from _of_databases(found)
+    yield from (f"unknown: {text}" for text in found["unknown"])
+    for state in found["states"]:
+        yield f"{state['severity']}: {state['text']} [{state['code']}]"
+        yield f"            {state['remedy']}"
+    yield found["status"]
+
+
+def _of_nats(found: dict[str, Any]) -> Iterator[str]:
     connection, server, stream = found["connection"], found["server"], found["stream"]
     if connection["connected"]:
         yield f"connection  {connection['url']}{_text(', answers in {} ms', connection['rtt_ms'])}"
@@ -75,11 +87,21 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
             yield (
                 f"consumer    {consumer['name']}: {consumer['pending']} pending, "
                 f"{consumer['ack_pending']} delivered and not settled, "
-                f"{consumer['redelivered']} redelivered, {_text('{} stuck', consumer['stuck'])}"
+                f"{consumer['redelivered']} redelivered{_text(', {} stuck', consumer['stuck'])}"
             )
-    yield from (f"warning: {warning}" for warning in found["warnings"])
-    yield from (f"problem: {problem}" for problem in found["problems"])
-    yield "healthy" if found["healthy"] else "not healthy"
+    dead = found["dead_letters"]
+    if dead["count"] is not None:
+        age = f", the oldest for {age_text(dead['oldest'])}" if dead["count"] else ""
+        yield f"dead        {dead['count']} letters on {dead['subject']}{age}"
+
+
+def _of_databases(found: dict[str, Any]) -> Iterator[str]:
+    for name in ("outbox", "inbox"):
+        part = found[name]
+        if part is not None and "counts" in part:
+            counts = ", ".join(f"{count} {state}" for state, count in part["counts"].items())
+            due = age_text(part["oldest_due"]) if name == "outbox" else "-"
+            yield f"{name:10}  {counts}{'' if due == '-' else f'; due for {due}'}"
 
 
 def _text(form: str, value: Any) -> str:

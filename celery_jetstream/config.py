@@ -145,6 +145,12 @@ class Config:
     outbox_max_age: float = _setting(3600.0, readers.seconds("0s", "36500d"), '"1h"')
     outbox_no_stream_grace: float = _setting(60.0, readers.seconds("0s", "30d"), '60 or "1m"')
 
+    # Health.
+    health_cache_ttl: float = _setting(30.0, readers.seconds("0s", "1h"), '30 or "30s"')
+    http_address: tuple[str, int] | None = _setting(
+        None, readers.http_address, '"127.0.0.1:8080", or 8080, or ":8080" (127.0.0.1)'
+    )
+
     # The inbox.
     use_inbox: bool = _setting(False, readers.flag, "True")
     inbox_model: Callable[..., Any] | str | None = _setting(  # noqa: RUF009
@@ -240,6 +246,10 @@ class Config:
     def safe_urls(self) -> tuple[str, ...]:
         """The URLs without user, password and token, to be shown."""
         return tuple(map(servers.masked_url, self.nats_urls))
+
+    def summary(self) -> dict[str, Any]:
+        """Every setting as a plain value or as text, without credentials."""
+        return {name: _plain(name, getattr(self, name)) for name in _FIELDS}
 
     def __repr__(self) -> str:
         shown = (f"{name}={_shown(name, getattr(self, name))}" for name in _FIELDS)
@@ -387,6 +397,17 @@ def _raise(problems: _Problems) -> None:
         if len(texts) > 1:
             texts.insert(0, f"{len(texts)} settings cannot be used:")
         raise ConfigurationError("\n  ".join(texts), setting=f"{_PREFIX}{problems[0][0]}")
+
+
+def _plain(name: str, value: object) -> Any:
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if name == "nats_urls" and isinstance(value, tuple):
+        return list(map(servers.masked_url, value))
+    text = _shown(name, value)
+    if isinstance(value, tuple) and all(isinstance(one, (str, int, float)) for one in value):
+        return list(value)
+    return value if isinstance(value, str) and text == repr(value) else text
 
 
 def _shown(name: str, value: object) -> str:

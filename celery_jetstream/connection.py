@@ -85,6 +85,8 @@ class Connection:
         self._waiters: set[asyncio.Future[Session]] = set()
         self._state = DISCONNECTED
         self._server_limit = 2**63
+        self._turn_of: asyncio.AbstractEventLoop | None = None
+        self._turn_asked = self._turned = 0.0
         self._pace: float | None = None  # connect() sets how long to pause between attempts
         self._forget_attempts()
 
@@ -108,6 +110,30 @@ class Connection:
     def connected(self) -> bool:
         """Whether there is a live session now."""
         return self.state == CONNECTED
+
+    @property
+    def live_session(self) -> Session | None:
+        """The session while there is one, else None; its methods are for the loop thread."""
+        session = self._session
+        return None if session is None or session.lost.is_set() else session
+
+    @property
+    def silent_for(self) -> float:
+        """Seconds for which the loop thread has not turned, as far as was asked before.
+
+        Asks anew, and does not wait: what a hook or a receiver blocks is told by the next calls.
+        """
+        now, loop = time.monotonic(), self._loop
+        if loop is None:
+            return 0.0
+        if self._turn_of is not loop or self._turned >= self._turn_asked:
+            self._turn_of, self._turn_asked, self._turned = loop, now, 0.0
+            with contextlib.suppress(RuntimeError):  # it has just been closed
+                loop.call_soon_threadsafe(self._turn)
+        return now - self._turn_asked
+
+    def _turn(self) -> None:
+        self._turned = time.monotonic()
 
     @property
     def max_payload(self) -> int:

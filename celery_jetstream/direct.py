@@ -54,6 +54,9 @@ EXPIRES = 5.0
 LOOK_INTERVAL = 0.25
 #: Seconds for which Celery's thread hands over before it looks at something else.
 TURN = 0.02
+#: Seconds between two looks at whether pulling goes on, and until it is begun anew: doubled each
+#: time up to the last.
+WATCH_INTERVAL, BEGIN_PAUSE, LONGEST_PAUSE = 1.0, 1.0, 30.0
 #: Seconds that the end of pulling may take.
 STOP_TIMEOUT = 2.5
 
@@ -120,6 +123,11 @@ class Intake:
         self._feeder: threading.Thread | None = None
         self._running: Future[None] | None = None
         self._feeds: list[Feed] = []
+        self._watch: Any = None
+        self._restarts = 0
+        self._restarted: float | None = None
+        self._begin_at: float | None = None
+        self._error: str | None = None
 
     def start(self) -> None:
         """Begins to pull; does not wait for a server."""
@@ -132,6 +140,8 @@ class Intake:
             )
             self._feeder.start()
         self._running = self._jetstream.connection.submit(self._run)
+        self._watch = self._consumer.timer.call_repeatedly(WATCH_INTERVAL, self._look_after_run)
+        self._jetstream.running["direct"] = self
         app = self._consumer.app
         if app.conf.get("worker_disable_prefetch") and app.amqp.queues.consume_from:
             logger.warning(
@@ -145,6 +155,8 @@ class Intake:
     def stop(self) -> None:
         """Pulls no more, and hands back what Celery has not got yet."""
         self._stopping = True
+        self._jetstream.running.pop("direct", None)
+        getattr(self._watch, "entry", self._watch).cancel()  # gevent's timer gives a greenlet
         with contextlib.suppress(NotConnectedError):
             self._jetstream.connection.run(self._stop_pulling, timeout=STOP_TIMEOUT)
         if self._consumer.hub is not None:
@@ -163,17 +175,74 @@ class Intake:
         if self._feeder is None or not self._feeder.is_alive():
             self._wake.close()
 
+    def tell(self) -> dict[str, Any]:
+        """How it is, as plain values (docs/reference/health.md). Any thread; does not wait."""
+        running = self._running
+        troubles = [trouble for feed in self._feeds if (trouble := feed.pull.trouble)]
+        if not self._feeds:
+            troubles = ["does not pull yet"]
+        if running is not None and running.done():
+            troubles = ["pulling has ended, and is begun anew"]
+        with self._lock:
+            waiting, size = len(self._waiting), self._waiting_bytes
+            ahead, paused = self._ahead, self._pauses.names
+        ago = self._restarted
+        return {
+            "pulling": not troubles,
+            "trouble": "; ".join(troubles) or None,
+            "ahead": ahead,
+            "waiting": waiting,
+            "waiting_bytes": size,
+            "full": size >= MOST_WAITING,
+            "paused_handlers": paused,
+            "restarts": self._restarts,
+            "restarted_ago": None if ago is None else round(time.monotonic() - ago, 1),
+            "error": self._error,
+        }
+
+    def _look_after_run(self) -> None:
+        """Celery's timer: pulling ends only by a defect of ours, and then is begun anew."""
+        running, now = self._running, time.monotonic()
+        if self._stopping or running is None or not running.done():
+            return
+        if self._begin_at is None:
+            error = None if running.cancelled() else running.exception()
+            self._error = repr(error) if error else "it just ended"
+            pause = min(LONGEST_PAUSE, BEGIN_PAUSE * 2 ** min(self._restarts, 8))
+            self._begin_at = now + pause
+            logger.error(
+                "pulling has ended, which is a defect of ours; it begins anew in %g s: %s",
+                pause,
+                self._error,
+                exc_info=error,
+            )
+        elif now >= self._begin_at:
+            self._begin_at, self._restarted = None, now
+            self._restarts += 1
+            self._running = self._jetstream.connection.submit(self._run)
+
     # -- loop thread: in, and kept in progress ---------------------------------------------------
 
     async def _run(self) -> None:
+        """Pulls and looks after what has come, until it is cancelled."""
         await self._jetstream.ensure_topology(missing=False)
         consumers = await self._consumers()
         self._feeds = [Feed(self, consumer) for consumer in consumers]
-        runs = [feed.pull.run() for feed in self._feeds]
+        coroutines = [feed.pull.run() for feed in self._feeds]
         connection, settler = self._jetstream.connection, self._jetstream.settler
         asks = self._config.auto_provision
-        runs += [Sweeper(connection, settler, one, asks=asks).run() for one in consumers]
-        await asyncio.gather(*runs, self._keep(), self._look_again())
+        coroutines += [Sweeper(connection, settler, one, asks=asks).run() for one in consumers]
+        coroutines += [self._keep(), self._look_again()]
+        runs = [asyncio.ensure_future(one) for one in coroutines]
+        try:
+            ended, _ = await asyncio.wait(runs, return_when=asyncio.FIRST_COMPLETED)
+            if self._stopping:  # the others have a moment for what is on its way
+                await asyncio.wait(runs)
+            for run in ended:
+                run.result()
+        finally:
+            for run in runs:
+                run.cancel()
 
     async def _consumers(self) -> tuple[ConsumerSpec, ...]:
         """Waits for a server where that must be asked."""

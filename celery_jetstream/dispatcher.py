@@ -117,6 +117,15 @@ class Dispatcher:
             self.close()
             raise
 
+    def ping(self) -> None:
+        """Asks the broker whether it is there, on a connection of its own; may block.
+
+        Raises:
+            Exception: one of ``broker_errors``.
+        """
+        with self._app.connection_for_write() as connection, connection.channel():
+            pass
+
     def close(self) -> None:
         """Drops the broker connection; does not wait for the broker."""
         producer, self._producer = self._producer, None

@@ -18,15 +18,23 @@ from typing import TYPE_CHECKING, Any
 from celery import Celery, bootsteps
 from celery import signals as celery_signals
 
-from . import plans, provisioning, signals, specs, status
+from . import (
+    control,  # noqa: F401 - registers its command
+    plans,
+    provisioning,
+    signals,
+    specs,
+)
+from .breaker import Breaker
 from .config import Config
 from .connection import Connection
-from .consumers import consumer_specs, stream_spec
+from .consumers import stream_spec
 from .dead_letters import DeadLetters
 from .direct import Direct
 from .events import Event
 from .exceptions import ConfigurationError, EventError, NotConnectedError
 from .handlers import Handlers
+from .health import Health, Part
 from .preflight import check_permissions
 from .provisioning import Provisioner
 from .publisher import Message, Publisher, PublishResult
@@ -83,6 +91,9 @@ class JetStream:
         self.dedicated = False
         self._lock = threading.Lock()
         self._runtime: Runtime | None = None
+        self._health: Health | None = None
+        #: What runs in this process and tells how it is: ``bridge``, ``direct``, ``relay``.
+        self.running: dict[str, Part] = {}
         self._ensured = self._said_missing = 0.0
         self._consumers: tuple[specs.ConsumerSpec, ...] = ()
         self._ensuring: asyncio.Task[None] | None = None
@@ -176,27 +187,31 @@ class JetStream:
         """``disconnected``, ``connecting``, ``connected`` or ``reconnecting``."""
         return "disconnected" if self._runtime is None else self._runtime.connection.state
 
-    def status(self, timeout: float = 5.0) -> dict[str, Any]:
-        """How the connection, the server, the stream and the consumers are; changes nothing.
+    def health_check(self, *, fresh: bool = False, timeout: float = 5.0) -> dict[str, Any]:
+        """How this process, JetStream, outbox and inbox are; changes nothing.
 
-        Never raises for NATS's sake: see ``healthy`` and ``problems`` (docs/reference/status.md).
+        Plain values, for JSON (docs/reference/health.md): ``status`` is ``healthy``, ``degraded``
+        or ``unhealthy``, ``states`` says why and what to do. What must be asked for is kept for
+        ``jetstream_health_cache_ttl``; what this process knows, as whether it is connected, is
+        always of now. Never raises for NATS's or a database's sake. Cheap enough for every second
+        and any number of threads; not for the connection's own thread, which it would wait for.
 
         Args:
-            timeout: seconds for all of it.
+            fresh: ask now, whatever is known from before.
+            timeout: seconds to wait for answers, all together.
 
         Raises:
             ConfigurationError: the settings are wrong.
         """
-        return self.connection.run(self._status, timeout)
+        return self.health.check(fresh=fresh, timeout=timeout)
 
-    async def _status(self, timeout: float) -> dict[str, Any]:
-        ends = time.monotonic() + timeout
-        try:
-            consumers = await asyncio.wait_for(self._provisioner.consumers(), timeout / 2)
-        except (NotConnectedError, asyncio.TimeoutError):
-            consumers = consumer_specs(self.config)
-        durables = [consumer.durable for consumer in consumers]
-        return await status.look(self.connection, self.config, durables, ends - time.monotonic())
+    @property
+    def health(self) -> Health:
+        """This process's health."""
+        if self._health is None:
+            with self._lock:
+                self._health = self._health or Health(self)
+        return self._health
 
     # -- publishing ------------------------------------------------------------------------------
 
@@ -432,19 +447,20 @@ class JetStream:
                 whether they can share a consumer.
         """
         if not self._consumers:
-            ours = self._provisioner
+            ours = self.provisioner
             ask = ours.consumers if self.config.auto_provision else ours.possible_consumers
             self._consumers = await ask()
         return self._consumers
 
     async def _ensure(self) -> plans.Plan:
-        return await self._provisioner.ensure(await self.consumers())
+        return await self.provisioner.ensure(await self.consumers())
 
     async def _api(self, subject: str, request: Mapping[str, Any]) -> dict[str, Any]:
-        return await self._provisioner.api(subject, request)
+        return await self.provisioner.api(subject, request)
 
     @cached_property
-    def _provisioner(self) -> Provisioner:
+    def provisioner(self) -> Provisioner:
+        """What makes the stream and its consumers. Loop thread."""
         return Provisioner(self.config, lambda: self.connection.session())
 
     # -- one runtime per process -------------------------------------------------------------------
@@ -463,6 +479,11 @@ class JetStream:
     def settler(self) -> Settler:
         """This process's settler."""
         return self._process.settler
+
+    @property
+    def breaker(self) -> Breaker | None:
+        """The outbox's; None where this process has not used its outbox yet."""
+        return self._process.breaker
 
     @property
     def aside(self) -> Aside:
@@ -488,7 +509,8 @@ class JetStream:
 
     def _forget(self) -> None:
         self._lock = threading.Lock()
-        self._runtime = None
+        self._runtime = self._health = None
+        self.running = {}
 
 
 class CheckSettings(bootsteps.Step):

@@ -126,6 +126,23 @@ class InFlight:
         """Queues whose share is used up, and how many of their messages wait for that."""
         return {queue: len(waiting) for queue, waiting in self._held_back.items() if waiting}
 
+    def queues(self, now: float) -> dict[str, dict[str, Any]]:
+        """What of each queue is here, as plain values.
+
+        How many copies are ``unclaimed``, how old the ``oldest`` is (seconds), and how many
+        messages are ``waiting`` for room in the queue.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        for flight in self._flights.values():
+            if flight.dispatched_at is not None:
+                here = found.setdefault(flight.queue, {"unclaimed": 0, "oldest": 0.0, "waiting": 0})
+                here["unclaimed"] += 1
+                here["oldest"] = max(here["oldest"], round(now - flight.dispatched_at, 1))
+        for queue, waiting in self.crowded.items():
+            here = found.setdefault(queue, {"unclaimed": 0, "oldest": 0.0, "waiting": 0})
+            here["waiting"] = waiting
+        return found
+
     def stalled(self) -> set[str]:
         """Queues whose share was used up at this look and the last, and nothing has left."""
         now = {queue: self._departed[queue] for queue in self.crowded}

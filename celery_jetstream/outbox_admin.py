@@ -22,7 +22,7 @@ from .models import AT_ONCE, PARKED, Tables
 from .outbox_changes import BATCH, Change, Outcome, Progress, free_waiting, pause
 from .outbox_filter import EVERY_ROW, Filter, OutboxRow, shown_columns
 from .outbox_replay import Moment, Replay, ReplayResult
-from .outbox_status import breaker_state, table_state
+from .outbox_status import table_state
 from .sqltypes import db_now
 
 __all__ = ("OutboxAdmin",)
@@ -92,7 +92,7 @@ class OutboxAdmin:
         found: dict[str, Any] = {
             "database": dialect.name,
             "tables": [table.fullname for table in tables],
-            "breaker": breaker_state(self.flusher.breaker),
+            "breaker": self.flusher.breaker.tell(),
         }
         with self.database.statements() as connection:
             found["differences"] = self._differences(connection)

@@ -7,11 +7,10 @@ from typing import Any
 
 from sqlalchemy import Connection, and_, func, literal_column, select
 
-from .breaker import EVERYTHING, Breaker
 from .models import AT_ONCE, PARKED, STATUSES, Tables
 from .sqltypes import db_now
 
-__all__ = ("breaker_state", "table_state")
+__all__ = ("table_state",)
 
 #: Rows are counted no further than this.
 CAP = 10_000
@@ -72,11 +71,3 @@ def _leases(connection: Connection, tables: Tables) -> dict[str, int]:
     held = select(lease.owner, func.count()).where(lease.until > db_now()).group_by(lease.owner)
     found = connection.execute(held.order_by(lease.owner))
     return {row.owner: row[1] for row in found}
-
-
-def breaker_state(breaker: Breaker) -> dict[str, Any]:
-    """What this process found out: None, or why NATS as a whole or a subject is left alone."""
-    return {
-        "outage": breaker.error(EVERYTHING),
-        "subjects": {name: breaker.error(name) for name in breaker.open_names},
-    }

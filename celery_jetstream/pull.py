@@ -101,6 +101,7 @@ class Pull:
         self._missing = False
         self._refusal = False
         self._trouble = 0
+        self._said = ""
         self._ending = self._stopping = False
 
     def more(self, *, soon: bool = False) -> None:
@@ -121,6 +122,13 @@ class Pull:
     def idle(self) -> bool:
         """Whether the server has said since the last message that there is no other now."""
         return self._answered_empty > 0
+
+    @property
+    def trouble(self) -> str | None:
+        """Why nothing comes now, whatever the stream has; None where it would. Any thread."""
+        if self._subscription is None:
+            return f"does not pull from {self._name}"
+        return f"cannot pull from {self._name}: {self._said}" if self._trouble else None
 
     @property
     def asked(self) -> int:
@@ -315,5 +323,6 @@ class Pull:
 
     def _say(self, what: str) -> None:
         """Once, until something has come again."""
+        self._said = what
         if not self._trouble:
             logger.warning("cannot pull from %s: %s; trying on", self._name, what)

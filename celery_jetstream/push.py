@@ -82,6 +82,13 @@ class Push:
         """Whether the server has said since the last message that it has no other to send now."""
         return self._idle
 
+    @property
+    def trouble(self) -> str | None:
+        """Why nothing comes now, whatever the stream has; None where it would. Any thread."""
+        if self._subscription is None:
+            return f"does not listen on {self._subject}"
+        return None
+
     async def run(self) -> None:
         """Receives until :meth:`stop`."""
         pause = RETRY_PAUSE[0]

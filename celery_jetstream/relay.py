@@ -6,6 +6,7 @@ import logging
 import random
 import time
 from collections.abc import Callable
+from typing import Any
 
 from .exceptions import ConfigurationError, OutboxUnavailableError
 from .flusher import FlushResult
@@ -41,7 +42,16 @@ class Relay:
         self._once = once
         self._stopped = False
         self._trouble: str | None = None
+        self._turned = time.monotonic()
         self.sent = 0
+
+    def tell(self) -> dict[str, Any]:
+        """How it is, as plain values (docs/reference/health.md). Any thread; does not wait."""
+        return {
+            "sent": self.sent,
+            "trouble": self._trouble,
+            "turned": round(time.monotonic() - self._turned, 1),
+        }
 
     def stop(self) -> None:
         """Ends :meth:`run` within seconds; from a signal handler or any thread."""
@@ -56,6 +66,7 @@ class Relay:
         pause = self._interval
         started = False
         while not self._stopped:
+            self._turned = time.monotonic()
             try:
                 result = self._drain(FLUSH, lambda: self._stopped)
             except ConfigurationError as error:

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING
 
 from .aside import Aside
+from .breaker import Breaker
 from .config import Config
 from .connection import Connection
 from .exceptions import ConfigurationError, NotConnectedError
@@ -86,6 +87,11 @@ class Runtime:
                 if self._inbox is None:
                     self._inbox = self._make_inbox()
         return self._inbox
+
+    @property
+    def breaker(self) -> Breaker | None:
+        """The outbox's; None where this process has not used its outbox yet."""
+        return None if self._outbox is None else self._outbox.flusher.breaker
 
     def _make_outbox(self) -> Outbox:
         with _needed(self._config, "outbox"):

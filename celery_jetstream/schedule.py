@@ -13,7 +13,7 @@ from .config import Config
 from .dispatcher import depth, queue_of
 from .exceptions import ConfigurationError
 
-__all__ = ("Schedule",)
+__all__ = ("Schedule", "uses_inbox")
 
 FLUSH, PRUNE = "celery_jetstream.flush_outbox", "celery_jetstream.prune_outbox"
 PRUNE_INBOX = "celery_jetstream.prune_inbox"
@@ -89,16 +89,18 @@ class Schedule:
             name, queue = config.outbox_beat_name, config.outbox_queue
             entries.append((name, FLUSH, config.outbox_flush_interval, queue))
             entries.append((f"{name}.prune", PRUNE, PRUNE_INTERVAL, queue))
-        if config.inbox_beat and self._uses_inbox(config):
+        if config.inbox_beat and uses_inbox(self._app, config):
             entries.append((PRUNE_INBOX, PRUNE_INBOX, PRUNE_INTERVAL, config.inbox_queue))
         return {
             name: {"task": task, "schedule": every, "options": _options(every, queue)}
             for name, task, every, queue in entries
         }
 
-    def _uses_inbox(self, config: Config) -> bool:
-        tasks = self._app.tasks.values() if self._app.finalized else ()
-        return config.use_inbox or any(getattr(task, "inbox", None) is True for task in tasks)
+
+def uses_inbox(app: Celery, config: Config) -> bool:
+    """Whether a handler that is known here has an inbox."""
+    tasks = app.tasks.values() if app.finalized else ()
+    return config.use_inbox or any(getattr(task, "inbox", None) is True for task in tasks)
 
 
 def _flush_options(config: Config) -> dict[str, Any]:

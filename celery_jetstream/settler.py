@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
+from collections import deque
 from concurrent.futures import Future
 
 from . import deadletter, signals
@@ -40,6 +42,7 @@ class Settler:
             connection, patience=max(300.0, 2 * config.ack_wait), nak_patience=config.ack_wait
         )
         self._burials: set[Future[None]] = set()
+        self._too_big: deque[float] = deque(maxlen=1000)
         self._lock = threading.Lock()
 
     def settle(
@@ -80,6 +83,12 @@ class Settler:
         """Settlements not yet confirmed by the server."""
         return len(self._burials) + self._acks.unconfirmed
 
+    @property
+    def too_big(self) -> int:
+        """How many messages of the last hour are too big to become a dead letter; 1000 at most."""
+        since = time.monotonic() - TOO_BIG_DELAY
+        return sum(when > since for when in list(self._too_big))
+
     def _bury_soon(self, delivery: Delivery, end: DeadLetter, original: Original | None) -> None:
         future = self._connection.submit(self._bury, delivery, end, original)
         with self._lock:
@@ -111,6 +120,7 @@ class Settler:
     async def _publish(self, delivery: Delivery, end: DeadLetter, original: Original) -> None:
         built = deadletter.build(original, delivery, end, self._connection.max_payload)
         if built is None:
+            self._too_big.append(time.monotonic())
             logger.error(
                 "dead letter of %s is larger than jetstream_max_payload even packed; the message "
                 "stays in the stream and is tried again in %d s",

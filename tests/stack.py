@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import contextlib
 import ctypes
+import http.client
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -111,6 +113,24 @@ class CeleryProcess:
             return False
 
         wait_until(said, timeout, f"{text!r} in {self.log.name}")
+
+    def get(self, path: str, method: str = "GET") -> tuple[int, str]:
+        """Asks it by HTTP (``--http-address 0``): the status and the body."""
+        self.wait_for(" serves /livez")
+        found = re.search(r"http://127\.0\.0\.1:(\d+) serves", self.text())
+        assert found
+        return get(int(found[1]), path, method)
+
+
+def get(port: int, path: str, method: str = "GET") -> tuple[int, str]:
+    """The status and the body of an answer by HTTP."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=12)
+    try:
+        connection.request(method, path)
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+    finally:
+        connection.close()
 
 
 def _end_with_the_parent() -> None:

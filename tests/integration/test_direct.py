@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,6 +86,21 @@ def test_neither_events_nor_tasks_starve(desk: Stack, celery: Celery) -> None:
     handled_once(desk, events)
 
 
+def test_inspect_jetstream_tells_how_a_worker_is(desk: Stack) -> None:
+    events = desk.publish("slow.held", 2, seconds=0.5)
+    desk.wait_ledger(lambda: len(lines(desk, events, "begun")) == 2, 30, "two to run")
+    worker = f"w0@{socket.gethostname()}"  # it is not waited for others then
+    process = desk.celery("inspect", "jetstream", "--json", "-t", "10", "-d", worker)
+    assert process.wait(30) == 0, process.text()
+    (report,) = json.loads(process.text().splitlines()[0]).values()
+    assert (report["status"], report["connection"]["state"]) == ("healthy", "connected")
+    assert report["direct"]["pulling"] is True
+    assert 0 <= report["worker"]["held"] <= 2
+    assert report["worker"]["handlers"]["tests.apps.desk.slow"] == ["slow.*"]
+    assert report["settlements_unconfirmed"] >= 0
+    wait_handled(desk, events)
+
+
 def test_inspect_shows_what_runs_and_what_waits(desk: Stack, celery: Celery) -> None:
     events = desk.publish("slow.shown", 3, seconds=1.5)
     desk.wait_ledger(lambda: len(lines(desk, events, "begun")) == 2, 30, "two to run")
@@ -152,7 +169,10 @@ NO_BROKER = "redis://127.0.0.1:9/0"
 def test_without_a_broker(make_direct: Any) -> None:
     """There is none at that address; and a child that dies locks out no other."""
     stack = make_direct(broker=NO_BROKER, worker_send_task_events=True)
-    worker = stack.worker("--without-broker", CELERY_BROKER_READ_URL=NO_BROKER)
+    options = ("--without-broker", "--http-address", "0")
+    worker = stack.worker(*options, CELERY_BROKER_READ_URL=NO_BROKER)
+    wait_until(lambda: worker.get("/readyz") == (200, "ok\n"), 10, "it to pull")
+    assert json.loads(worker.get("/status")[1])["direct"]["restarts"] == 0
     events = stack.publish("order.alone", 200)
     wait_handled(stack, events)
     for child in cpu.children(worker.pid):

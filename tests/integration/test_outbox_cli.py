@@ -241,11 +241,15 @@ class TestProcesses:
         return make_stack(jetstream_database_url=sqlite.url, jetstream_outbox_nudge=False)
 
     def test_relay_publishes_soon_and_stops_soon(self, stack: Stack, shop: Flushing, names: Names):
-        process = stack.celery("jetstream", "outbox", "relay", "--interval", "0.05")
+        process = stack.celery(
+            "jetstream", "outbox", "relay", "--interval", "0.05", "--http-address", "0"
+        )
         shop.write(*"ab")
         wait_until(lambda: shop.count("sent") == 2, 20, "the first events to be sent")
         shop.write(*"abcde")
         wait_until(lambda: shop.count("sent") == 7, 2, "the next events to be sent")
+        assert process.get("/readyz") == process.get("/livez") == (200, "ok\n")
+        assert json.loads(process.get("/status")[1])["relay"]["sent"] == 7
         process.send(signal.SIGTERM)
         assert process.wait(5) == 0, process.text()
         assert "Traceback" not in process.text()

@@ -1,4 +1,4 @@
-"""``celery -A … jetstream status``, and ``JetStream.status()``: what they say, and how soon."""
+"""``celery -A … jetstream status``, and what ``health_check()`` finds of NATS, and how soon."""
 
 from __future__ import annotations
 
@@ -19,16 +19,6 @@ from tests.stack import Stack
 
 MakeStack = Callable[..., Stack]
 MakeApp = Callable[..., JetStream]
-
-KEYS = {
-    "connection": {"connected", "url", "urls", "rtt_ms", "error"},
-    "server": {"name", "version", "api_level", "cluster", "lacks"},
-    "stream": {"name", "exists", "messages", "bytes", "subjects", "retention", "replicas"},
-}
-CONSUMER_KEYS = {
-    *("name", "exists", "filter_subjects", "pending", "ack_pending", "redelivered"),
-    *("stuck", "max_deliver"),
-}
 
 
 @pytest.fixture
@@ -73,9 +63,7 @@ def test_all_is_well(make_stack: MakeStack, names: Names) -> None:
     found = json.loads(status(stack, "--json"))
     assert found["healthy"] is True
     assert found["problems"] == found["warnings"] == []
-    assert {section: set(found[section]) for section in KEYS} == KEYS
     (consumer,) = found["consumers"]
-    assert set(consumer) == CONSUMER_KEYS
     assert consumer["filter_subjects"] == [f"{names.destination_app}.sync.{names.app_name}"]
     assert (consumer["stuck"], consumer["max_deliver"]) == (0, None)
     assert (found["stream"]["retention"], found["stream"]["replicas"]) == ("workqueue", 1)
@@ -88,8 +76,8 @@ def test_without_a_server_it_says_so(make_stack: MakeStack) -> None:
     stack = make_stack()
     stack.settings["jetstream_nats_urls"] = "nats://desk:seCret@127.0.0.1:1"
     said = status(stack, "--timeout", "1", expected=1)
-    assert "problem: no connection to NATS at nats://***@127.0.0.1:1" in said
-    assert "not healthy" in said
+    assert "unhealthy: no connection to NATS at nats://***@127.0.0.1:1" in said
+    assert said.endswith("\nunhealthy\n")
     found = json.loads(status(stack, "--json", "--timeout", "0.5", expected=1).splitlines()[-1])
     assert found["connection"]["connected"] is False
     assert found["server"]["version"] is None
@@ -106,7 +94,7 @@ def test_wrong_settings_are_said(make_stack: MakeStack) -> None:
 
 
 def test_what_is_not_there_is_a_problem(make_app: MakeApp, names: Names) -> None:
-    found = make_app().status()
+    found = make_app().health_check(fresh=True)
     assert found["healthy"] is False
     assert (found["stream"]["exists"], found["consumers"][0]["exists"]) == (False, False)
     assert f"stream {names.stream_name}: stream not found" in found["problems"]
@@ -116,7 +104,7 @@ def test_a_stream_without_our_subjects_is_a_problem(make_app: MakeApp, names: Na
     app = make_app()
     app.connection.connect()
     api(app, f"STREAM.CREATE.{names.stream_name}", name=names.stream_name, subjects=["other"])
-    problems = app.status()["problems"]
+    problems = app.health_check(fresh=True)["problems"]
     assert sum("does not take" in problem for problem in problems) == 4
     assert any("is no work queue" in problem for problem in problems)
 
@@ -124,7 +112,7 @@ def test_a_stream_without_our_subjects_is_a_problem(make_app: MakeApp, names: Na
 def test_without_a_server_it_ends_in_time(make_app: MakeApp) -> None:
     app = make_app("nats://127.0.0.1:1")
     began = time.monotonic()
-    assert app.status(timeout=0.5)["connection"]["connected"] is False
+    assert app.health_check(fresh=True, timeout=0.5)["connection"]["connected"] is False
     assert time.monotonic() - began < 5
 
 
@@ -135,7 +123,7 @@ def test_a_hung_server_ends_it_in_time(make_app: MakeApp) -> None:
         app.provision()
         server.pause()
         began = time.monotonic()
-        found = app.status(timeout=1)
+        found = app.health_check(fresh=True, timeout=1)
         assert time.monotonic() - began < 5
         assert found["healthy"] is False
         server.resume()
@@ -144,7 +132,7 @@ def test_a_hung_server_ends_it_in_time(make_app: MakeApp) -> None:
 def test_what_the_old_server_lacks_is_named(make_app: MakeApp, old_nats_server: NatsServer) -> None:
     app = make_app(old_nats_server.url)
     app.provision()
-    found = app.status()
+    found = app.health_check(fresh=True)
     assert found["healthy"] is True
     server = found["server"]
     assert server["version"].startswith("2.9.")
@@ -160,7 +148,7 @@ def test_a_setting_that_the_old_server_cannot_serve_is_a_problem(
 ) -> None:
     app = make_app(old_nats_server.url, jetstream_outbox_atomic=True)
     app.provision()
-    found = app.status()
+    found = app.health_check(fresh=True)
     (problem,) = found["problems"]
     assert problem.startswith("jetstream_outbox_atomic is on, and nats-server 2.9.")
     assert "events are published one by one" in problem
@@ -169,7 +157,7 @@ def test_a_setting_that_the_old_server_cannot_serve_is_a_problem(
 @pytest.mark.needs_nats(ATOMIC_BATCHES)
 def test_a_stream_that_takes_no_atomic_batches_is_a_problem(make_app: MakeApp) -> None:
     make_app().provision()
-    (problem,) = make_app(jetstream_outbox_atomic=True).status()["problems"]
+    (problem,) = make_app(jetstream_outbox_atomic=True).health_check(fresh=True)["problems"]
     assert "takes no atomic batches (allow_atomic)" in problem
 
 
@@ -191,7 +179,7 @@ def test_stuck_messages_are_counted(make_app: MakeApp, names: Names) -> None:
     app.connection.run(exhaust_one, app, names.stream_name, durable, subject)
     for _ in range(2):
         app.publish("waiting", {}, subject=subject)
-    found = app.status()
+    found = app.health_check(fresh=True)
     (consumer,) = found["consumers"]
     assert (consumer["pending"], consumer["stuck"], consumer["max_deliver"]) == (2, 1, 1)
     assert found["warnings"][0].startswith(f"consumer {durable} has max_deliver=1")

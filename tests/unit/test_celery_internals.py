@@ -20,11 +20,11 @@ ARCHITECTURE = Path(__file__).parents[2] / "docs/explanation/architecture.md"
 NAMED = re.findall(r"^\| `((?:celery|kombu)\.[\w.]+)` \|", ARCHITECTURE.read_text("utf-8"), re.M)
 CHANGED = f"Celery {celery.__version__} has changed it: see docs/explanation/architecture.md"
 #: Set by ``Consumer.__init__``.
-OF_INSTANCES = {"on_task_message", "initial_prefetch_count"}
+OF_INSTANCES = {"on_task_message", "initial_prefetch_count", "timer"}
 
 
 def test_the_table_is_there() -> None:
-    assert len(NAMED) == 16
+    assert len(NAMED) == 17
 
 
 @pytest.mark.parametrize("path", NAMED)

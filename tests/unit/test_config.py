@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import ssl
 import types
@@ -95,6 +96,8 @@ DEFAULTS: dict[str, object] = {
     "inbox_retention": 2592000.0,
     "inbox_queue": None,
     "inbox_beat": True,
+    "health_cache_ttl": 30.0,
+    "http_address": None,
     "outbox_batch_size": 1000,
     "outbox_lease": 30.0,
     "outbox_flush_interval": 5.0,
@@ -281,6 +284,13 @@ GOOD: list[tuple[str, object, object]] = [
     ("inbox_retention", "7d", 604_800.0),
     ("inbox_queue", "rare", "rare"),
     ("inbox_beat", "off", False),
+    ("health_cache_ttl", 0, 0.0),
+    ("http_address", 8080, ("127.0.0.1", 8080)),
+    ("http_address", "0", ("127.0.0.1", 0)),
+    ("http_address", ":8080", ("127.0.0.1", 8080)),
+    ("http_address", "0.0.0.0:8080", ("0.0.0.0", 8080)),
+    ("http_address", "[::1]:8080", ("::1", 8080)),
+    ("http_address", "bridge.local:80", ("bridge.local", 80)),
     ("outbox_batch_size", "10000", 10_000),
     ("outbox_lease", "1m", 60.0),
     ("outbox_flush_interval", "100ms", 0.1),
@@ -303,6 +313,23 @@ def test_good_values(name: str, value: object, expected: object) -> None:
     config = read(**{name: value})
     assert getattr(config, name) == expected
     assert dataclasses.replace(config) == config  # what was read can be read again
+
+
+def test_a_summary_is_plain_and_has_no_credentials() -> None:
+    summary = read(
+        nats_urls="nats://alice:s3cr3t@a:1,nats://b:2",
+        nats_options={"password": "s3cr3t", "token": "s3cr3t", "ping_interval": 2},
+        database_url="postgresql+psycopg://alice:s3cr3t@host/shop?password=s3cr3t",
+        http_address="8080",
+    ).summary()
+    assert summary.keys() == DEFAULTS.keys()
+    text = json.dumps(summary)
+    assert "s3cr3t" not in text
+    assert (summary["nats_urls"], summary["http_address"]) == (
+        ["nats://***@a:1", "nats://b:2"],
+        ["127.0.0.1", 8080],
+    )
+    assert (summary["app_name"], summary["backoff"][0]) == ("api", 1.0)
 
 
 def test_every_setting_is_in_the_tables() -> None:
@@ -458,6 +485,11 @@ BAD: list[tuple[str, object, str]] = [
     ("inbox_retention", 0, "between 1m and 36500d"),
     ("inbox_queue", "a\nb", "must be text"),
     ("inbox_beat", 3, "must be True or False"),
+    ("health_cache_ttl", "2h", "between 0s and 1h"),
+    *(
+        ("http_address", bad, "must be a port, :port, host:port or")
+        for bad in (True, "", "host", "::1:8080", 65536, "http://a:1", "a b:1", -1, "[::1]")
+    ),
     ("outbox_batch_size", 0, "between 1 and 10000"),
     ("outbox_lease", 0.5, "between 1s and 1h"),
     ("outbox_lease", 120.0, "below jetstream_duplicate_window"),
