@@ -89,7 +89,9 @@ def dlq() -> None:
 
 
 @dlq.command("list", cls=CeleryCommand)
-@click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True)
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=50, show_default=True, help="At the most."
+)
 @click.option("--after", type=int, default=0, help="Go on after the one with this number.")
 @JSON
 @_filtered
