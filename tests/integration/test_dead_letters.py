@@ -362,7 +362,8 @@ def test_an_outage_ends_a_redrive_and_nothing_is_lost(
     own_server.start()
     monkeypatch.setattr(deadletter_store, "PATIENCE", 10.0)
     rest = desk.letters.redrive(EVERY_LETTER)
-    assert (rest.redriven, rest.error) == (30, None)
+    # 2.9.10 has also those again that it had deleted before it was killed
+    assert (rest.redriven - rest.duplicates, rest.error) == (30, None)
     assert desk.event_ids() == event_ids
     own_server.kill()
     monkeypatch.setattr(deadletter_store, "PATIENCE", 0.2)
