@@ -347,6 +347,7 @@ def test_an_outage_ends_a_redrive_and_nothing_is_lost(
     monkeypatch.setattr(redrive, "TIMEOUT", 0.5)
     desk = make_desk(own_server.url)
     event_ids = desk.bury(count=40)
+    last = desk.letters.list()[-1].sequence
 
     killed: list[bool] = []
 
@@ -362,9 +363,9 @@ def test_an_outage_ends_a_redrive_and_nothing_is_lost(
     own_server.start()
     monkeypatch.setattr(deadletter_store, "PATIENCE", 10.0)
     rest = desk.letters.redrive(EVERY_LETTER)
-    # 2.9.10 has also those again that it had deleted before it was killed
+    # 2.9.10 has those again that it had deleted, and acknowledged, just before it was killed
     assert (rest.redriven - rest.duplicates, rest.error) == (30, None)
-    assert desk.event_ids() == event_ids
+    assert desk.event_ids(after=last) == event_ids
     own_server.kill()
     monkeypatch.setattr(deadletter_store, "PATIENCE", 0.2)
     with pytest.raises(NotConnectedError):
