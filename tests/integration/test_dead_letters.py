@@ -194,9 +194,11 @@ def test_what_dies_again_counts_its_redrives_up_to_the_cap(
     desk = make_desk(nats_server.url, jetstream_max_redrives=2)
     (event_id,) = desk.bury()
     for redrives in (1, 2):
-        assert desk.letters.redrive(event_id).redriven == 1
+        assert desk.letters.redrive(event_id, by=f"ada {redrives}").redriven == 1
         desk.give_up()
         (letter,) = desk.letters.list()
+        assert letter.redriven_by == f"ada {redrives}"
+        assert letter.redriven_at.endswith("Z")
         assert (letter.redrives, letter.event_id) == (redrives, event_id)
         assert json.loads(letter.headers["x-dlq-context"])["redrives"] == redrives
     refused = desk.letters.redrive(event_id)
