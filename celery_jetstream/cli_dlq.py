@@ -223,8 +223,8 @@ def _new_file(path: str) -> IO[str]:
 def redrive(ctx: click.Context, **options: Any) -> None:
     """Sends dead letters again to where they came from, then deletes them here.
 
-    IDS are event_ids or numbers. Killed or stopped, it is safe to repeat: JetStream drops what it
-    has. A handler with an inbox passes over what it has processed, unless --force is given.
+    IDS are event_ids or numbers. Killed or stopped, it is safe to repeat: the stream drops what it
+    got before. A handler with an inbox passes over what it has processed, unless --force is given.
 
     Exit status: 0 when all are sent; 1 when some are skipped, or it ended early.
     """

@@ -50,6 +50,8 @@ class StoredDeadLetter:
         error_message: its text, 1024 characters at the most in ours.
         deliveries: how often the message was delivered.
         redrives: how often it was sent again before.
+        redriven_at: when that was last; "" where it was not.
+        redriven_by: by whom.
         original_subject: where it came from; "" where that is not known.
         original_sequence: the number that it had in the stream; None where that is not known.
         consumer: the durable that delivered it.
@@ -71,6 +73,8 @@ class StoredDeadLetter:
     error_message: str
     deliveries: int
     redrives: int
+    redriven_at: str
+    redriven_by: str
     original_subject: str
     original_sequence: int | None
     consumer: str
@@ -152,6 +156,8 @@ def read_letter(
         error_message=_text(context.get("error_message")),
         deliveries=_number(found.get("x-deliveries", context.get("deliveries"))),
         redrives=max(counted),
+        redriven_at=found.get("x-redriven-at", ""),
+        redriven_by=found.get("x-redriven-by", ""),
         original_subject=original_subject,
         original_sequence=original if isinstance(original, int) else None,
         consumer=_text(context.get("consumer")),

@@ -139,9 +139,9 @@ class Desk:
         )
         return found
 
-    def event_ids(self) -> list[str]:
-        """Of all messages that wait for the desk, in their order; takes none of them."""
-        found, sequence = [], 1
+    def event_ids(self, after: int = 0) -> list[str]:
+        """Of the messages that the stream has for the desk, in their order; takes none of them."""
+        found, sequence = [], after + 1
         while True:
             request = {"seq": sequence, "next_by_subj": self.subject}
             answer = self.api(f"STREAM.MSG.GET.{self.names.stream_name}", **request)

@@ -194,9 +194,11 @@ def test_what_dies_again_counts_its_redrives_up_to_the_cap(
     desk = make_desk(nats_server.url, jetstream_max_redrives=2)
     (event_id,) = desk.bury()
     for redrives in (1, 2):
-        assert desk.letters.redrive(event_id).redriven == 1
+        assert desk.letters.redrive(event_id, by=f"ada {redrives}").redriven == 1
         desk.give_up()
         (letter,) = desk.letters.list()
+        assert letter.redriven_by == f"ada {redrives}"
+        assert letter.redriven_at.endswith("Z")
         assert (letter.redrives, letter.event_id) == (redrives, event_id)
         assert json.loads(letter.headers["x-dlq-context"])["redrives"] == redrives
     refused = desk.letters.redrive(event_id)
@@ -347,6 +349,7 @@ def test_an_outage_ends_a_redrive_and_nothing_is_lost(
     monkeypatch.setattr(redrive, "TIMEOUT", 0.5)
     desk = make_desk(own_server.url)
     event_ids = desk.bury(count=40)
+    last = desk.letters.list()[-1].sequence
 
     killed: list[bool] = []
 
@@ -362,8 +365,9 @@ def test_an_outage_ends_a_redrive_and_nothing_is_lost(
     own_server.start()
     monkeypatch.setattr(deadletter_store, "PATIENCE", 10.0)
     rest = desk.letters.redrive(EVERY_LETTER)
-    assert (rest.redriven, rest.error) == (30, None)
-    assert desk.event_ids() == event_ids
+    # 2.9.10 has those again that it had deleted, and acknowledged, just before it was killed
+    assert (rest.redriven - rest.duplicates, rest.error) == (30, None)
+    assert desk.event_ids(after=last) == event_ids
     own_server.kill()
     monkeypatch.setattr(deadletter_store, "PATIENCE", 0.2)
     with pytest.raises(NotConnectedError):
