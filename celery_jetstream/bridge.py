@@ -19,15 +19,22 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
 
 from . import signals
 from .acks import PAUSE_HEADER, is_claim, keep_in_progress
 from .deadletter import Original, fetch_original
 from .delivery import Delivery
 from .dispatcher import Dispatcher, depth
-from .exceptions import CeleryJetStreamError, ConfigurationError, NotConnectedError
+from .exceptions import (
+    CeleryJetStreamError,
+    ConfigurationError,
+    NotConnectedError,
+    PermissionDeniedError,
+)
 from .inflight import Flight, InFlight
 from .pauses import Pauses
+from .preflight import check_permissions
 from .pull import Pull
 from .push import Push
 from .session import Session
@@ -52,6 +59,8 @@ LOOK_BATCH = 256
 WINDOW = 1000
 #: Seconds that the end may take: handing back, the last confirmations, the connection.
 STOP_TIMEOUT = 5.0
+#: Seconds until another try to hear the workers, where our user may not.
+DENIED_PAUSE = 5.0
 
 
 class Bridge:
@@ -233,18 +242,20 @@ class Bridge:
 
     async def _start(self) -> None:
         session = await self.jetstream.connection.session()
+        await check_permissions(session, self.config, self._consumers, claims=True)
         await self._listen(session)
-        await session.round_trip(30)  # what the server denies comes before the answer
-        if "permissions violation" in str(session.error).lower():
-            raise ConfigurationError(
-                f"the NATS user may not subscribe to $JS.ACK.{self.config.stream_name}.>: without "
-                "the workers' claims the bridge would send running tasks again; allow it"
-            )
         self._intakes = [self._intake(consumer) for consumer in self._consumers]
         settler = self.jetstream.settler
-        sweepers = [Sweeper(self.jetstream.connection, settler, c) for c in self._consumers]
+        sweepers = [
+            Sweeper(self.jetstream.connection, settler, c, asks=self.config.auto_provision)
+            for c in self._consumers
+        ]
         coroutines = [self._keep(), *(one.run() for one in (*self._intakes, *sweepers))]
         self._tasks = [asyncio.get_running_loop().create_task(one) for one in coroutines]
+        await session.round_trip(STOP_TIMEOUT)
+        for intake in self._intakes:
+            if intake.denied:
+                raise intake.denied
 
     def _intake(self, consumer: ConsumerSpec) -> Pull | Push:
         connection, on_missing = self.jetstream.connection, self.jetstream.ensure_topology
@@ -266,6 +277,7 @@ class Bridge:
             on_missing=on_missing,
             # a source that has nothing to send holds a request all the same
             batch=min(consumer.batch_size, max(1, WINDOW // len(self._consumers))),
+            optional=consumer.optional,
         )
 
     def _room(self) -> int:
@@ -289,8 +301,22 @@ class Bridge:
     async def _listen(self, session: Session) -> None:
         """Hears what workers (and other bridges) say about these consumers' messages."""
         for consumer in self._consumers:
-            subject = f"$JS.ACK.{consumer.stream}.{consumer.durable}.>"
-            await session.subscribe(subject, self._hear)
+            await self._listen_to(f"$JS.ACK.{consumer.stream}.{consumer.durable}.>", session)
+
+    async def _listen_to(self, subject: str, session: Session) -> None:
+        """Again and again where our user may not (any more): the session has said so."""
+        loop, heard = asyncio.get_running_loop(), list[Subscription]()
+
+        def again(_: PermissionDeniedError) -> None:
+            loop.call_later(DENIED_PAUSE, lambda: loop.create_task(listen()))
+
+        async def listen() -> None:
+            with contextlib.suppress(NotConnectedError):  # of a session that is over
+                await session.unsubscribe(heard.pop())
+                heard.append(await session.subscribe(subject, self._hear))
+
+        session.on_denial(subject, again)
+        heard.append(await session.subscribe(subject, self._hear))
 
     def _hear(self, message: Msg) -> None:
         with contextlib.suppress(ValueError):

@@ -6,7 +6,6 @@ import copy
 import inspect
 import json
 import os
-import sys
 from typing import Any
 
 import click
@@ -20,8 +19,10 @@ from celery.bin.base import (
 from celery.bin.worker import worker as celery_worker
 from kombu.utils.compat import detect_environment
 
+from .cli_dlq import dlq
 from .cli_inbox import inbox
 from .cli_outbox import outbox
+from .cli_provision import provision
 from .cli_status import status
 from .commands import daemon, http_address, jetstream_of, stop_on_signals
 
@@ -99,6 +100,7 @@ def _direct_worker(without_broker: bool, address: tuple[str, int] | None, **opti
             if found.config.pushes:
                 raise click.ClickException(PULLS)
             found.connect()
+            found.check_permissions()
         except CeleryJetStreamError as error:
             raise click.ClickException(str(error)) from error
         finally:
@@ -143,46 +145,6 @@ worker.params = [
     ),
     CeleryOption(["--http-address", "address"], help_group="Features", **http_address("none")),
 ]
-
-
-@jetstream.command(cls=CeleryCommand)
-@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
-@click.option("--json", "as_json", is_flag=True, help="For machines.")
-@click.pass_context
-@handle_preload_options
-def provision(ctx: click.Context, dry_run: bool, as_json: bool, **_: Any) -> None:
-    """Creates or updates the stream and the consumer; harmless to repeat.
-
-    Exit status: 0 when all is as it must be, 1 when that cannot be.
-    """
-    from .exceptions import CeleryJetStreamError
-
-    app = ctx.obj.app
-    try:
-        plan = jetstream_of(app).provision(dry_run=dry_run)
-    except CeleryJetStreamError as error:
-        if as_json:
-            click.echo(json.dumps({"error": str(error)}))
-            sys.exit(1)
-        raise click.ClickException(str(error)) from error
-    finally:
-        jetstream_of(app).close()
-    if as_json:
-        click.echo(json.dumps({"dry_run": dry_run, "changes": _as_dicts(plan)}))
-    else:
-        click.echo(str(plan))
-
-
-def _as_dicts(plan: Any) -> list[dict[str, Any]]:
-    return [
-        {
-            "kind": change.kind,
-            "name": change.name,
-            "action": change.action,
-            "differences": [d._asdict() for d in change.differences],
-        }
-        for change in plan.changes
-    ]
 
 
 @jetstream.command(cls=CeleryCommand)
@@ -245,7 +207,9 @@ def _handler(app: Any, task: Any) -> dict[str, Any]:
     }
 
 
+jetstream.add_command(dlq)
 jetstream.add_command(inbox)
 jetstream.add_command(outbox)
+jetstream.add_command(provision)
 jetstream.add_command(status)
 jetstream.add_command(worker)

@@ -20,6 +20,7 @@ from .commands import (
     ALL,
     DRY_RUN,
     JSON,
+    Stopping,
     age_text,
     cut,
     daemon,
@@ -262,7 +263,7 @@ def replay(ctx: click.Context, dry_run: bool, as_json: bool, **options: Any) -> 
     """
     chosen = filter_of(options)
     how = {name: options[name] for name in ("since", "until", "after", "rate")}
-    stopping = _Stopping()
+    stopping = Stopping()
     with outbox_of(ctx, as_json) as box, progress_of("replay") as progress:
         stop_on_signals(stopping)
         result = box.replay(**how, chosen=chosen, dry_run=dry_run, stop=stopping, progress=progress)
@@ -275,17 +276,6 @@ def replay(ctx: click.Context, dry_run: bool, as_json: bool, **options: Any) -> 
         if result.error:
             click.echo(f"ended early ({result.error}); go on with --after {result.last_id}")
     sys.exit(1 if result.error or result.refused else 0)
-
-
-class _Stopping:
-    def __init__(self) -> None:
-        self._stopped = False
-
-    def __call__(self) -> bool:
-        return self._stopped
-
-    def stop(self) -> None:
-        self._stopped = True
 
 
 @outbox.command(cls=CeleryCommand)

@@ -21,9 +21,11 @@ __all__ = (
     "ALL",
     "DRY_RUN",
     "JSON",
+    "Stopping",
     "age_text",
     "cut",
     "daemon",
+    "dead_letters_of",
     "duration",
     "echo_json",
     "filter_of",
@@ -118,6 +120,21 @@ def http_address(default: str) -> dict[str, Any]:
     return {"type": _http_address, "help": f"{text}host:port. Default: {default}."}
 
 
+class Stopping:
+    """Asked between two steps whether to end early; :func:`stop_on_signals` has it say so."""
+
+    def __init__(self) -> None:
+        self._stopped = False
+
+    def __call__(self) -> bool:
+        """Whether it is to end."""
+        return self._stopped
+
+    def stop(self) -> None:
+        """From now on it is to end."""
+        self._stopped = True
+
+
 # -- of outbox and inbox -----------------------------------------------------------------------
 
 JSON = click.option("--json", "as_json", is_flag=True, help="For machines.")
@@ -133,6 +150,11 @@ def outbox_of(ctx: click.Context, as_json: bool = False) -> AbstractContextManag
 def inbox_of(ctx: click.Context, as_json: bool = False) -> AbstractContextManager[Any]:
     """The app's inbox, as above."""
     return _of(ctx, "inbox", as_json)
+
+
+def dead_letters_of(ctx: click.Context, as_json: bool = False) -> AbstractContextManager[Any]:
+    """The app's dead letters, as above."""
+    return _of(ctx, "dead_letters", as_json)
 
 
 @contextlib.contextmanager

@@ -110,6 +110,7 @@ class Config:
         (), readers.error_classes, '["redis.exceptions.ConnectionError"]'
     )
     use_dlq: bool = _setting(True, readers.flag, "True")
+    max_redrives: int = _setting(3, readers.whole(0, 1_000_000), "3")
     no_dlq_action: str | None = _setting(None, readers.no_dlq_action, '"log_and_term"')
 
     # The outbox's and the inbox's database.

@@ -6,13 +6,14 @@ Receives the settings; hands on the stream and the consumers to ask for. Pure.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from .config import Config
 from .sources import Source
 from .specs import ConsumerSpec, StreamSpec
 from .subjects import covered, durable_name, publish_subject
 
-__all__ = ("consumer_specs", "stream_spec")
+__all__ = ("consumer_specs", "peer_spec", "possible_specs", "stream_spec")
 
 
 def stream_spec(config: Config) -> StreamSpec:
@@ -51,6 +52,31 @@ def consumer_specs(
     main = main or [config.sources[0]]
     rest = [[source] for source in config.sources if source not in main]
     return tuple(_spec(config, group, number) for number, group in enumerate([main, *rest]))
+
+
+def possible_specs(config: Config, *, can_share: bool) -> tuple[ConsumerSpec, ...]:
+    """Those that may be there, for who cannot ask (``auto_provision`` is off).
+
+    A source that came later has a consumer of its own, beside the one that the others share:
+    those are ``optional``.
+    """
+    sure = consumer_specs(config, can_share=can_share)
+    plain = [source for source in config.sources if not source.has_settings][1:]
+    named = {spec.durable for spec in sure}
+    own = [replace(_spec(config, [source], 1), optional=True) for source in plain]
+    return (*sure, *(spec for spec in own if spec.durable not in named))
+
+
+def peer_spec(peer: Config, *, apart: bool = False) -> ConsumerSpec:
+    """The consumer that brings one app's events to another, for who provisions that as well.
+
+    Made where it is missing, and else left as it is: how it is to be is the other app's business.
+
+    Args:
+        peer: the other app's settings.
+        apart: its first consumer is there for other sources only.
+    """
+    return replace(_spec(peer, list(peer.sources), int(apart)), is_peers=True)
 
 
 def _subject(config: Config, source: Source) -> str:

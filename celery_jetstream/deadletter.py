@@ -16,20 +16,31 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from typing import Any
 
 from .delivery import Delivery
 from .exceptions import NotConnectedError
-from .headers import wire_size
+from .headers import Headers, wire_size
 from .session import Session
 from .settlement import DeadLetter
 
-__all__ = ("Original", "build", "fetch_original")
+__all__ = (
+    "NO_MESSAGE_FOUND",
+    "REDRIVES",
+    "Original",
+    "build",
+    "fetch_original",
+    "original_of",
+    "redrives_of",
+)
 
 #: Bytes that the reason headers may have; a longer error message is cut.
 CONTEXT_LIMIT = 3072
 MESSAGE_LIMIT = 1024
 #: The server has no message with this sequence.
 NO_MESSAGE_FOUND = 10037
+#: The header that counts how often a message was sent again out of the dead letters.
+REDRIVES = "x-redrives"
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,11 @@ async def fetch_original(session: Session, delivery: Delivery) -> Original | Non
         if problem.get("err_code") == NO_MESSAGE_FOUND or problem.get("code") == 404:
             return None
         raise NotConnectedError(f"could not read the message: {problem.get('description')}")
-    message = found["message"]
+    return original_of(found["message"])
+
+
+def original_of(message: Mapping[str, Any]) -> Original:
+    """The message in an answer of ``$JS.API.STREAM.MSG.GET``."""
     return Original(
         subject=message["subject"],
         body=base64.b64decode(message.get("data", "")),
@@ -100,12 +115,14 @@ def _own_headers(
         "event_id": _event_id(original),
         "error_class": end.error_class[:200],
         "error_message": error_message,
+        "handler": end.handler[:200],
         "original_subject": original.subject,
         "stream": delivery.stream,
         "stream_sequence": delivery.sequence,
         "consumer": delivery.consumer,
         "consumer_sequence": delivery.consumer_sequence,
         "deliveries": delivery.num_delivered,
+        "redrives": redrives_of(original.headers),
         "timestamp": (now or datetime.now(timezone.utc)).isoformat(),
     }
     text = json.dumps(context)
@@ -119,6 +136,12 @@ def _own_headers(
         "x-dlq-context": text,
         "Nats-Msg-Id": f"dlq-{delivery.stream}-{delivery.sequence}",
     }
+
+
+def redrives_of(headers: Mapping[str, str]) -> int:
+    """How often a message was sent again out of the dead letters."""
+    text = Headers(headers).get(REDRIVES, "0")
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
 
 
 def _event_id(original: Original) -> str:

@@ -225,12 +225,13 @@ class Intake:
 
     async def _run(self) -> None:
         """Pulls and looks after what has come, until it is cancelled."""
-        await self._jetstream.ensure_topology()
+        await self._jetstream.ensure_topology(missing=False)
         consumers = await self._consumers()
         self._feeds = [Feed(self, consumer) for consumer in consumers]
         coroutines = [feed.pull.run() for feed in self._feeds]
         connection, settler = self._jetstream.connection, self._jetstream.settler
-        coroutines += [Sweeper(connection, settler, consumer).run() for consumer in consumers]
+        asks = self._config.auto_provision
+        coroutines += [Sweeper(connection, settler, one, asks=asks).run() for one in consumers]
         coroutines += [self._keep(), self._look_again()]
         runs = [asyncio.ensure_future(one) for one in coroutines]
         try:
@@ -266,6 +267,7 @@ class Intake:
             on_missing=self._jetstream.ensure_topology,
             batch=min(consumer.batch_size, MOST_AHEAD),
             expires=EXPIRES,
+            optional=consumer.optional,
         )
 
     def room(self, asked: int, pending: int) -> int:
@@ -410,7 +412,7 @@ class Intake:
         num_delivered = flight.delivery.num_delivered
         if flight.task.policy(self._config).spent(num_delivered):
             text = f"delivered {num_delivered} times, and none of its attempts settled it"
-            return DeadLetter("max_deliveries_exceeded", "", text)
+            return DeadLetter("max_deliveries_exceeded", "", text, flight.task.name)
         return None
 
     def _pauses_for(self, flight: Flight) -> bool:

@@ -88,7 +88,7 @@ class Dispatcher:
                 return refused
         if flight.task.policy(self._config).spent(flight.unended):
             text = f"handed over {flight.unended} times, and none of its attempts ended"
-            return DeadLetter("max_deliveries_exceeded", "", text)
+            return DeadLetter("max_deliveries_exceeded", "", text, flight.task.name)
         try:
             flight.options = self._route(flight)
         except Exception:

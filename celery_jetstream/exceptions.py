@@ -20,7 +20,8 @@
     │   └── InboxUnavailableError
     └── NotConnectedError    (+ ConnectionError)
         ├── ConnectionRefusedByServer
-        └── NoResponders
+        ├── NoResponders
+        └── PermissionDeniedError                      .operation .subject
 
 Handlers raise none of these to say how a message ends: Celery's own words do that
 (return, ``self.retry()``, ``Reject``, ``Ignore``, or any exception).
@@ -48,6 +49,7 @@ __all__ = (
     "OutageError",
     "OutboxUnavailableError",
     "PayloadError",
+    "PermissionDeniedError",
     "PublishError",
     "SubjectError",
     "SubjectOverlapError",
@@ -222,6 +224,28 @@ class NotConnectedError(CeleryJetStreamError, ConnectionError):
 
 class NoResponders(NotConnectedError):
     """Nobody listens on the subject: no stream, no consumer, or an election (NATS 503)."""
+
+
+class PermissionDeniedError(NotConnectedError):
+    """Our NATS user may not publish to a subject, or subscribe to it: the server said so.
+
+    No message is at fault: what is kept (the outbox's rows, messages) waits until it is allowed.
+
+    Args:
+        operation: ``publish to`` or ``subscribe to``.
+        subject: the subject to be allowed; with wildcards where it goes for more than one.
+    """
+
+    def __init__(self, operation: str, subject: str) -> None:
+        super().__init__(operation, subject)
+        self.operation = operation
+        self.subject = subject
+
+    def __str__(self) -> str:
+        return (
+            f"the NATS user may not {self.operation} {self.subject}: have that allowed (what this "
+            "app needs is listed by 'celery -A … jetstream provision --print-permissions')"
+        )
 
 
 class ConnectionRefusedByServer(NotConnectedError):

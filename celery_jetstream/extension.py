@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import json
+import contextlib
+import dataclasses
 import logging
 import os
 import threading
@@ -20,25 +21,26 @@ from celery import signals as celery_signals
 from . import (
     control,  # noqa: F401 - registers its command
     plans,
+    provisioning,
     signals,
     specs,
-    topology,
 )
 from .breaker import Breaker
-from .capabilities import has_filter_subjects
 from .config import Config
 from .connection import Connection
-from .consumers import consumer_specs, stream_spec
+from .consumers import stream_spec
+from .dead_letters import DeadLetters
 from .direct import Direct
 from .events import Event
 from .exceptions import ConfigurationError, EventError, NotConnectedError
 from .handlers import Handlers
 from .health import Health, Part
+from .preflight import check_permissions
+from .provisioning import Provisioner
 from .publisher import Message, Publisher, PublishResult
 from .request import HandBack, Keeper
 from .runtime import Runtime
 from .schedule import Schedule
-from .session import NoResponders
 from .settler import Settler
 
 if TYPE_CHECKING:
@@ -58,6 +60,8 @@ SEND_GRACE = 5.0
 ENSURE_INTERVAL = 2.0
 #: Seconds that whoever found it missing waits for that.
 ENSURE_PATIENCE = 1.0
+#: Seconds after which it is said again that something is missing, with ``auto_provision`` off.
+MISSING_INTERVAL = 60.0
 
 Middleware = Callable[[Event, Callable[[Event], Any]], Any]
 
@@ -90,7 +94,7 @@ class JetStream:
         self._health: Health | None = None
         #: What runs in this process and tells how it is: ``bridge``, ``direct``, ``relay``.
         self.running: dict[str, Part] = {}
-        self._ensured = 0.0
+        self._ensured = self._said_missing = 0.0
         self._consumers: tuple[specs.ConsumerSpec, ...] = ()
         self._ensuring: asyncio.Task[None] | None = None
         app.jetstream = self
@@ -146,6 +150,19 @@ class JetStream:
         self.connection.connect()
         if self.config.auto_provision:
             self.connection.run(self._ensure)
+
+    def check_permissions(self) -> None:
+        """Tries, changing nothing, whether our NATS user may take and settle messages.
+
+        Raises:
+            ConfigurationError: it may not; names the subjects.
+            NotConnectedError: no server.
+        """
+        self.connection.run(self._check_permissions)
+
+    async def _check_permissions(self) -> None:
+        session, consumers = await self.connection.session(), await self.consumers()
+        await check_permissions(session, self.config, consumers, claims=False)
 
     def close(self, timeout: float = 5.0) -> None:
         """Waits for settlements to be confirmed and closes, ``timeout`` seconds at the most."""
@@ -301,28 +318,82 @@ class JetStream:
         """
         return self._process.inbox
 
+    # -- dead letters ----------------------------------------------------------------------------
+
+    @property
+    def dead_letters(self) -> DeadLetters:
+        """The messages that this app has given up: to look at, send again, or delete."""
+        return DeadLetters(
+            self.config,
+            self.connection,
+            self.publisher,
+            forget=self._forget_processed,
+            check=self._read_by_handler,
+        )
+
+    def _forget_processed(self, event_id: str) -> None:
+        """Has an event handled once more; the database may be the outbox's only."""
+        with contextlib.suppress(ConfigurationError):
+            self.inbox.reset(event_id)
+
+    def _read_by_handler(self, event: Event) -> None:
+        """Raises where no handler of ours could read an event; says nothing where there is none."""
+        handlers = self.check()
+        task = handlers.find(event.event_type)
+        if task is not None:
+            task.event(event.envelope)
+        elif handlers:
+            raise EventError(f"no handler for the event type {event.event_type!r}")
+
     # -- topology --------------------------------------------------------------------------------
 
-    def provision(self, *, dry_run: bool = False) -> plans.Plan:
+    def provision(
+        self,
+        *,
+        dry_run: bool = False,
+        pair: bool = False,
+        nats_urls: Any = None,
+        nats_options: Mapping[str, Any] | None = None,
+    ) -> plans.Plan:
         """Makes sure of the stream and the consumer, or (``dry_run``) says what that would do.
 
-        Raises:
-            TopologyError: it cannot be had.
-            NotConnectedError: no server.
-        """
-        self.connection.connect()
-        return self.connection.run(self._plan if dry_run else self._ensure)
+        Args:
+            dry_run: change nothing.
+            pair: the consumers of the apps at the other end too, where they are missing.
+            nats_urls: where to connect for this, in place of the setting.
+            nats_options: how, in place of the setting; with either, on a connection of its own.
 
-    async def ensure_topology(self) -> None:
+        Raises:
+            ConfigurationError: the settings are wrong, or these are.
+            TopologyError: it cannot be had.
+            NotConnectedError: no server, or (``PermissionDeniedError``) the user may not.
+        """
+        own = {"nats_urls": nats_urls, "nats_options": nats_options}
+        own = {name: value for name, value in own.items() if value is not None}
+        if not own:
+            found = self.consumers if self.config.auto_provision else None
+            return provisioning.provision(
+                self.config, self.connection, dry_run=dry_run, pair=pair, found=found
+            )
+        config = dataclasses.replace(self.config, **own)
+        connection = Connection(config)
+        try:
+            return provisioning.provision(config, connection, dry_run=dry_run, pair=pair)
+        finally:
+            connection.close()
+
+    async def ensure_topology(self, missing: bool = True) -> None:
         """Makes sure again because something was missing; begins at most every 2 s. Loop thread.
 
         Returns when that is done, or after a second; then it goes on by itself. In an election
         JetStream's API answers nobody, and what was missing is often there before it does.
 
-        Does nothing with ``auto_provision`` off. Trouble is logged, not raised: whoever found the
-        stream missing tries on.
+        With ``auto_provision`` off it only says what is ``missing``. Trouble is logged, not raised:
+        whoever found the stream missing tries on.
         """
         if not self.config.auto_provision:
+            if missing:
+                await self._say_missing()
             return
         now, loop, task = time.monotonic(), asyncio.get_running_loop(), self._ensuring
         foreign = task is None or task.get_loop() is not loop  # a closed connection's, a parent's
@@ -332,6 +403,20 @@ class JetStream:
         if not task.done():
             await asyncio.wait([task], timeout=ENSURE_PATIENCE)
 
+    async def _say_missing(self) -> None:
+        now = time.monotonic()
+        if self._said_missing and now - self._said_missing < MISSING_INTERVAL:
+            return
+        self._said_missing = now
+        consumers = [one.durable for one in await self.consumers() if not one.optional]
+        logger.error(
+            "stream %s or its consumer (%s) is not there, or a leader is being elected (that takes "
+            "seconds). jetstream_auto_provision is off: whoever may is to run 'celery -A … "
+            "jetstream provision'",
+            self.config.stream_name,
+            ", ".join(consumers),
+        )
+
     async def _ensure_again(self) -> None:
         try:
             await self._ensure()
@@ -339,7 +424,12 @@ class JetStream:
             logger.error("stream or consumer is missing and could not be made: %s", error)
 
     async def stream_info(self) -> dict[str, Any]:
-        """The server's account of the stream; empty where it cannot be had. Loop thread."""
+        """The server's account of the stream; empty where it cannot be had. Loop thread.
+
+        With ``auto_provision`` off nothing is asked: it is what the settings say.
+        """
+        if not self.config.auto_provision:
+            return {"config": stream_spec(self.config).wanted({})}
         try:
             return await self._api(f"STREAM.INFO.{self.config.stream_name}", {})
         except NotConnectedError:
@@ -349,40 +439,32 @@ class JetStream:
         """The consumers that bring this app's events. Loop thread.
 
         Found once, and kept: one of several that is deleted is made again as it was, and not with
-        the subjects of the others.
+        the subjects of the others. With ``auto_provision`` off nothing is asked: some of them may
+        not be there (``optional``).
 
         Raises:
             NotConnectedError: there are several sources, and the server is not there to be asked
                 whether they can share a consumer.
         """
-        config = self.config
-        if self._consumers:
-            return self._consumers
-        first, *others = each = consumer_specs(config)
-        if not others:
-            return each
-        session = await self.connection.session()
-        can_share = has_filter_subjects(session.server_version)
-        answer = await self._api(f"CONSUMER.INFO.{first.stream}.{first.durable}", {})
-        found = specs.filters(answer["config"]) if "config" in answer else None
-        self._consumers = consumer_specs(config, can_share=can_share, found=found)
+        if not self._consumers:
+            ours = self._provisioner
+            ask = ours.consumers if self.config.auto_provision else ours.possible_consumers
+            self._consumers = await ask()
         return self._consumers
 
-    async def _ensure(self) -> plans.Plan:
-        return await topology.ensure(self._api, stream_spec(self.config), *await self.consumers())
+    async def consumers_there(self) -> tuple[specs.ConsumerSpec, ...]:
+        """As :meth:`consumers`; asks which there are, whatever ``auto_provision`` says."""
+        return await self._provisioner.consumers()
 
-    async def _plan(self) -> plans.Plan:
-        return await topology.plan(self._api, stream_spec(self.config), *await self.consumers())
+    async def _ensure(self) -> plans.Plan:
+        return await self._provisioner.ensure(await self.consumers())
 
     async def _api(self, subject: str, request: Mapping[str, Any]) -> dict[str, Any]:
-        session = await self.connection.session()
-        payload = json.dumps(request).encode() if request else b""
-        try:
-            answer = await session.ask(f"$JS.API.{subject}", payload)
-        except NoResponders:
-            return {"error": {"code": 503}}
-        result: dict[str, Any] = json.loads(answer.data)
-        return result
+        return await self._provisioner.api(subject, request)
+
+    @cached_property
+    def _provisioner(self) -> Provisioner:
+        return Provisioner(self.config, lambda: self.connection.session())
 
     # -- one runtime per process -------------------------------------------------------------------
 

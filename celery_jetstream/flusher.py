@@ -498,7 +498,7 @@ class _Sweep:
         out = {
             result.subject: result.error or "outage"
             for result in results
-            if result.verdict in (Verdict.OUTAGE, Verdict.NO_STREAM)
+            if result.verdict in (Verdict.OUTAGE, Verdict.NO_STREAM, Verdict.DENIED)
         }
         if not stored and (silence := [result for result in results if _is_silence(result)]):
             self._run.fail(EVERYTHING, silence[0].error or "outage")
@@ -519,8 +519,10 @@ class _Sweep:
         missing = {}
         for subject in asked:
             try:
-                if self._flusher.connection.run(self._flusher.publisher.has_stream, subject):
+                there = self._flusher.connection.run(self._flusher.publisher.has_stream, subject)
+                if there:
                     self._run.find(subject)  # it elected its leader, or has just been made
+                if there is not False:
                     continue
             except CeleryJetStreamError as error:
                 logger.warning("could not ask which stream takes %s: %s", subject, error)

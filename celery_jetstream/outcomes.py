@@ -6,6 +6,7 @@ Receives a message and the server's answer (or what came instead of one); hands 
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from enum import Enum
 from typing import Any
 
 from .events import Event
-from .exceptions import EventError, NoResponders, PublishError
+from .exceptions import EventError, NoResponders, PermissionDeniedError, PublishError
 
 __all__ = (
     "Message",
@@ -22,6 +23,7 @@ __all__ = (
     "answered",
     "batch_answered",
     "failed",
+    "takes_no_batches",
     "verdict_of",
 )
 
@@ -35,6 +37,8 @@ class Verdict(str, Enum):
     """Nobody's fault; try again for ever."""
     NO_STREAM = "no_stream"
     """No stream takes the subject, or one elects its leader: an outage until confirmed."""
+    DENIED = "denied"
+    """Our NATS user may not publish to the subject: tell who waits; a row waits until it may."""
     REFUSED = "refused"
     """This message, as it is, will never be stored."""
     UNKNOWN = "unknown"
@@ -89,6 +93,8 @@ BY_STATUS: Mapping[int, Verdict] = {
     503: Verdict.OUTAGE,
 }
 """By the status of an answer whose ``err_code`` is not among those."""
+
+_BY_ERROR = {EventError: Verdict.REFUSED, PermissionDeniedError: Verdict.DENIED}
 
 
 @dataclass(frozen=True)
@@ -209,6 +215,14 @@ def batch_answered(
     ]
 
 
+def takes_no_batches(answer: bytes) -> bool:
+    """Whether an atomic batch was refused because the stream takes none."""
+    with contextlib.suppress(ValueError, AttributeError):
+        found = json.loads(answer).get("error", {}).get("err_code")
+        return bool(found == 10174)  # JSAtomicPublishDisabledErr
+    return False
+
+
 def failed(
     message: Message, why: Verdict | Exception, text: str = "", error_code: int | None = None
 ) -> PublishResult:
@@ -219,11 +233,12 @@ def failed(
     if isinstance(why, NoResponders):
         why = Verdict.NO_STREAM
         text = (
-            f"no stream takes the subject {message.subject} (is it provisioned, is JetStream up?)"
+            f"no stream takes the subject {message.subject}: is it provisioned ('celery -A … "
+            "jetstream provision'), is JetStream up?"
         )
     elif isinstance(why, Exception):
         text = str(why)
-        why = Verdict.REFUSED if isinstance(why, EventError) else Verdict.OUTAGE
+        why = next((v for kind, v in _BY_ERROR.items() if isinstance(why, kind)), Verdict.OUTAGE)
     return PublishResult(
         False, message.event_id, message.subject, error=text, verdict=why, error_code=error_code
     )

@@ -10,12 +10,20 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from nats.aio.msg import Msg
 
 from .exceptions import NotConnectedError
-from .outcomes import Message, PublishResult, Verdict, answered, batch_answered, failed
+from .outcomes import (
+    Message,
+    PublishResult,
+    Verdict,
+    answered,
+    batch_answered,
+    failed,
+    takes_no_batches,
+)
 from .session import Session
 
 __all__ = ("WINDOW", "send_pipelined")
@@ -32,6 +40,7 @@ async def send_pipelined(
     batches: Sequence[str | None] | None = None,
     timeout: float,
     window: int = WINDOW,
+    on_no_batches: Callable[[], object] | None = None,
 ) -> list[PublishResult]:
     """Sends each message once; returns what became of each, at its index.
 
@@ -48,8 +57,11 @@ async def send_pipelined(
             other message of their keys may be between them.
         timeout: seconds for all of them; what is not answered then is an outage.
         window: how many may be unanswered at a time.
+        on_no_batches: called where the stream takes no batches (``allow_atomic`` is off).
     """
-    return await _Pipeline(session, messages, keys, batches, window).run(timeout)
+    pipeline = _Pipeline(session, messages, keys, batches, window)
+    pipeline.on_no_batches = on_no_batches
+    return await pipeline.run(timeout)
 
 
 class _Batch:
@@ -74,6 +86,8 @@ class _Batch:
 
 class _Pipeline:
     """One call of :func:`send_pipelined`."""
+
+    on_no_batches: Callable[[], object] | None = None
 
     def __init__(
         self,
@@ -201,6 +215,8 @@ class _Pipeline:
             results: list[PublishResult] | None = [failed(one, answer) for one in messages]
         else:
             results = batch_answered(messages, batch.name, answer.data)
+            if self.on_no_batches is not None and takes_no_batches(answer.data):
+                self.on_no_batches()
         if results is None:
             self._dissolve(batch)
             return

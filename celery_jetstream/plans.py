@@ -48,12 +48,15 @@ class Difference(NamedTuple):
     found: Any
     wanted: Any
 
-    def __str__(self) -> str:
+    def lines(self) -> list[str]:
+        """As lines of a diff: ``+`` comes to what is there, ``~`` replaces it."""
         if self.field == "subjects":
             added = [subject for subject in self.wanted if subject not in (self.found or ())]
-            return f"subjects: +{' +'.join(added)}"
-        before = "" if self.found is None else f"{_text(self.field, self.found)} -> "
-        return f"{self.field}: {before}{_text(self.field, self.wanted)}"
+            return [f"  + subjects: {subject}" for subject in added]
+        if self.found is None:
+            return [f"  + {self.field}: {_text(self.field, self.wanted)}"]
+        now, then = _text(self.field, self.found), _text(self.field, self.wanted)
+        return [f"  ~ {self.field}: {now} -> {then}"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +83,19 @@ class Change:
         )
 
     def lines(self) -> list[str]:
-        """The change as text, one difference a line."""
+        """The change as text: what it is now, and what it will be, one thing a line."""
         sign = {"create": "+", "update": "~", "none": "="}[self.action]
         head = f"{sign} {self.kind} {self.name}: {self.action.replace('none', 'as wanted')}"
-        return [head, *(f"    {difference}" for difference in self.differences)]
+        return [head, *(line for difference in self.differences for line in difference.lines())]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "kind": self.kind,
+            "name": self.name,
+            "action": self.action,
+            "differences": [difference._asdict() for difference in self.differences],
+        }
 
 
 @dataclass(frozen=True)
@@ -103,6 +115,13 @@ class Plan:
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
+
+    def summary(self, *, dry_run: bool) -> str:
+        """How much of it is to be done, or (no ``dry_run``) has been, in a line."""
+        count = sum(change.action != "none" for change in self.changes)
+        if not count:
+            return "nothing to do: all is as wanted"
+        return f"{count} to be made or changed" if dry_run else f"{count} made or changed"
 
     def described(self, fields: Ignored) -> str:
         """Some of its differences as text, for a message."""

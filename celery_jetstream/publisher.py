@@ -16,9 +16,16 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from . import events, subjects
+from .capabilities import ATOMIC_BATCHES, has
 from .config import Config
 from .connection import Connection
-from .exceptions import ConnectionRefusedByServer, EventError, NoResponders, NotConnectedError
+from .exceptions import (
+    ConnectionRefusedByServer,
+    EventError,
+    NoResponders,
+    NotConnectedError,
+    PermissionDeniedError,
+)
 from .headers import validate_headers, wire_size
 from .outcomes import Message, PublishResult, Verdict, failed
 from .pipeline import send_pipelined
@@ -158,7 +165,14 @@ class Publisher:
         if batches is not None and not await self._takes_batches(session, end - time.monotonic()):
             batches = None
         left = max(0.001, min(end - time.monotonic(), patience))
-        return await send_pipelined(session, messages, keys=keys, batches=batches, timeout=left)
+        return await send_pipelined(
+            session,
+            messages,
+            keys=keys,
+            batches=batches,
+            timeout=left,
+            on_no_batches=lambda: self._learn_batches(session, takes=False),
+        )
 
     async def _takes_batches(self, session: Session, timeout: float) -> bool:
         """Whether the stream takes atomic batches; asked once for each session.
@@ -168,25 +182,31 @@ class Publisher:
         """
         if self._asked is session:
             return self._atomic
+        if not self._config.auto_provision:  # not asked, but tried: see _attempt
+            self._learn_batches(session, has(session.server_version, ATOMIC_BATCHES))
+            return self._atomic
         try:
             config = await asyncio.wait_for(
                 self._stream_config(session), min(ASK_TIMEOUT, timeout / 2)
             )
         except NoResponders:
             return False  # what we publish to is another account's
+        except PermissionDeniedError:
+            config = {}
         except asyncio.TimeoutError:
-            if not session.denied:
-                raise NotConnectedError("JetStream does not say what the stream is like") from None
-            config = {}  # our user may not ask
-        self._asked, self._atomic = session, bool(config.get("allow_atomic"))
-        if not self._atomic and not self._told:
+            raise NotConnectedError("JetStream does not say what the stream is like") from None
+        self._learn_batches(session, bool(config.get("allow_atomic")))
+        return self._atomic
+
+    def _learn_batches(self, session: Session, takes: bool) -> None:
+        self._asked, self._atomic = session, takes
+        if not takes and not self._told:
             self._told = True
             logger.warning(
                 "jetstream_outbox_atomic is on, but stream %s takes no atomic batches (that needs "
                 "nats-server 2.12, and allow_atomic): events are published one by one",
                 self._config.stream_name,
             )
-        return self._atomic
 
     async def _stream_config(self, session: Session) -> dict[str, Any]:
         """The stream's; without atomic batches, when it has been made sure of where it is ours."""
@@ -201,15 +221,17 @@ class Publisher:
         config: dict[str, Any] = answer.get("config", {})
         return config
 
-    async def has_stream(self, subject: str) -> bool:
+    async def has_stream(self, subject: str) -> bool | None:
         """Whether a stream takes a subject, made just now where that is our business.
 
-        Runs in the loop thread.
+        None where ``auto_provision`` is off: then JetStream is not asked. Runs in the loop thread.
 
         Raises:
             NotConnectedError: JetStream does not say.
         """
         await self._on_no_stream()
+        if not self._config.auto_provision:
+            return None
         session = await self._connection.session()
         asked = json.dumps({"subject": subject}).encode()
         answer = json.loads((await session.ask("$JS.API.STREAM.NAMES", asked)).data)

@@ -19,7 +19,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from .connection import Connection
-from .exceptions import NotConnectedError
+from .exceptions import NotConnectedError, PermissionDeniedError
 from .session import Session
 
 __all__ = ("GATHER_INTERVAL", "Pull")
@@ -30,6 +30,8 @@ EXPIRES = 30.0
 #: Seconds between two signs of life of an open request; 2.5 of them without one, and it is lost.
 HEARTBEAT = 2.0
 RETRY_PAUSE = (0.25, 1.0)
+#: Seconds until what our user may not ask is asked again, and what may be missing.
+DENIED_PAUSE, OPTIONAL_PAUSE = 5.0, 60.0
 #: Seconds over which what comes one by one is gathered while much is coming.
 GATHER_INTERVAL = 0.05
 #: Seconds that the end may take, twice: for what is coming, and for the server's answer.
@@ -58,6 +60,7 @@ class Pull:
         on_missing: awaited when the server has no such consumer (503, or 409 when deleted).
         batch: the most messages of one request.
         expires: seconds that a request stays open; what there is room for is asked again then.
+        optional: there may be no such consumer: that is looked for once a minute, and not said.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Pull:
         on_missing: Callable[[], Awaitable[None]],
         batch: int = 256,
         expires: float = EXPIRES,
+        optional: bool = False,
     ) -> None:
         self._connection = connection
         self._name = f"consumer {consumer!r} of stream {stream!r}"
@@ -81,6 +85,9 @@ class Pull:
         self._batch = batch
         self._expires = expires
         self._heartbeat = min(HEARTBEAT, expires / 2)
+        self._optional = optional
+        #: Why our user may not ask; None where it may, as far as is known.
+        self.denied: PermissionDeniedError | None = None
         self._wake = asyncio.Event()
         self._soon: asyncio.TimerHandle | None = None
         self._session: Session | None = None
@@ -121,7 +128,10 @@ class Pull:
         """Why nothing comes now, whatever the stream has; None where it would. Any thread."""
         if self._subscription is None:
             return f"does not pull from {self._name}"
-        return f"cannot pull from {self._name}: {self._said}" if self._trouble else None
+        if denied := self.denied:
+            return f"cannot pull from {self._name}: {denied}"
+        troubled = self._trouble and self._said  # nothing is said of an optional one
+        return f"cannot pull from {self._name}: {self._said}" if troubled else None
 
     @property
     def asked(self) -> int:
@@ -170,11 +180,14 @@ class Pull:
         self._forget_requests()
         self._missing = False
         self._heard = time.monotonic()
+        session.on_denial(self._subject, self._on_denial)
         try:
             self._subscription = await session.subscribe(f"{self._inbox}.*", self._receive)
             while not (self._stopping or session.lost.is_set() or self._silent()):
                 if self._missing:
                     await self._wait_for_the_consumer()
+                elif self.denied:
+                    await self._wait_for_the_permission()
                 elif self._refusal:
                     await self._pause()
                 self._wake.clear()
@@ -229,6 +242,7 @@ class Pull:
         if message.reply.startswith("$JS.ACK"):
             self._asked -= 1
             self._answered_empty = self._trouble = 0
+            self._optional = False  # it is there, so its absence is an election
             self._on_message(message)
         else:
             self._status(message.subject, message.headers or {})
@@ -241,6 +255,7 @@ class Pull:
         if status == "100":
             self._answered_empty += 1
             self._trouble = 0
+            self._optional = False
             return
         if reply not in self._requests:
             return
@@ -272,12 +287,35 @@ class Pull:
 
     # -- when it does not go -----------------------------------------------------------------------
 
+    def _on_denial(self, error: PermissionDeniedError) -> None:
+        self.denied = error
+        self._forget_requests()
+        self._wake.set()
+
+    async def _wait_for_the_permission(self) -> None:
+        self._say(str(self.denied))
+        self._trouble += 1
+        await self._rest(DENIED_PAUSE)
+        self.denied = None
+
     async def _wait_for_the_consumer(self) -> None:
+        if self._optional:
+            self._answered_empty += 1
+            await self._rest(OPTIONAL_PAUSE)
+            self._missing = False
+            return
         self._say("nobody answers for it: it is missing, or a new leader is being elected")
         await self._pause()
         await self._on_missing()
         self._missing = False
         self._forget_requests()
+
+    async def _rest(self, seconds: float) -> None:
+        ends, session = time.monotonic() + seconds, self._session
+        while time.monotonic() < ends and not (self._stopping or session is None):
+            if session.lost.is_set():
+                return
+            await asyncio.sleep(RETRY_PAUSE[1])
 
     async def _pause(self) -> None:
         """From 0.25 to 1 s, longer each time until something comes."""

@@ -15,7 +15,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from .connection import Connection
-from .exceptions import NotConnectedError
+from .exceptions import NotConnectedError, PermissionDeniedError
 from .session import Session
 
 __all__ = ("Push",)
@@ -23,6 +23,8 @@ __all__ = ("Push",)
 logger = logging.getLogger(__name__)
 
 RETRY_PAUSE = (0.25, 1.0)
+#: Seconds until another try where our user may not hear.
+DENIED_PAUSE = 5.0
 #: Seconds that the end may take: hearing what the server had sent already.
 STOP_TIMEOUT = 1.0
 
@@ -63,6 +65,8 @@ class Push:
         self._heartbeat = heartbeat
         self._on_message = on_message
         self._on_missing = on_missing
+        #: Why our user may not hear; None where it may, as far as is known.
+        self.denied: PermissionDeniedError | None = None
         self._wake = asyncio.Event()
         self._session: Session | None = None
         self._subscription: Subscription | None = None
@@ -83,7 +87,7 @@ class Push:
         """Why nothing comes now, whatever the stream has; None where it would. Any thread."""
         if self._subscription is None:
             return f"does not listen on {self._subject}"
-        return None
+        return str(self.denied) if self.denied else None
 
     async def run(self) -> None:
         """Receives until :meth:`stop`."""
@@ -91,6 +95,7 @@ class Push:
         while not self._stopping:
             try:
                 session = await self._connection.session(timeout=60)
+                self.denied = None
                 await self._receive_all(session)
                 pause = RETRY_PAUSE[0]
                 continue
@@ -113,11 +118,16 @@ class Push:
     async def _receive_all(self, session: Session) -> None:
         """Is a member of the group, until something is wrong with that."""
         self._session, self._heard = session, time.monotonic()
+        self._wake.clear()
+        session.on_denial(self._subject, self._on_denial)
         self._subscription = await session.subscribe(self._subject, self._receive, self._group)
         try:
             while not (self._stopping or session.lost.is_set()):
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), self._heartbeat / 2)
+                if self.denied:
+                    await asyncio.sleep(DENIED_PAUSE)
+                    return
                 if time.monotonic() - self._heard > 2.5 * self._heartbeat:
                     await self._on_missing()
                     return
@@ -128,6 +138,10 @@ class Push:
         subscription, self._subscription = self._subscription, None
         if subscription is not None and session is not None and not session.lost.is_set():
             await session.unsubscribe(subscription, timeout)
+
+    def _on_denial(self, error: PermissionDeniedError) -> None:
+        self.denied = error  # the session has logged it
+        self._wake.set()
 
     def _receive(self, message: Msg) -> None:
         self._heard = time.monotonic()

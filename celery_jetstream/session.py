@@ -25,8 +25,15 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 
-from .exceptions import ConnectionRefusedByServer, EventError, NoResponders, NotConnectedError
+from .exceptions import (
+    ConnectionRefusedByServer,
+    EventError,
+    NoResponders,
+    NotConnectedError,
+    PermissionDeniedError,
+)
 from .headers import wire_size
+from .permissions import to_allow
 from .servers import masked_url
 
 __all__ = ("Client", "NoResponders", "Session")
@@ -41,9 +48,18 @@ WATCH_INTERVAL = 0.5
 STUCK_LOOKS = 5
 #: Unwritten bytes of posted messages, from which on none is to be posted.
 FULL = 256 * 1024
+#: Permissions that are said to be missing, on one session.
+MOST_TOLD = 100
+
+#: What the server says of what our user may not do. It names the subject; nats-py hands that on in
+#: small letters, to its error callback and to nobody else.
+_DENIED = re.compile(r'permissions violation for (publish|subscription) to "([^"]*)"')
 
 OnAnswer = Callable[[str, "Msg | NotConnectedError"], None]
 """Called with a token and its answer, or with why there is none; must not raise or block."""
+
+OnDenial = Callable[[PermissionDeniedError], None]
+"""Called when our user may not use a subject; must not raise or block."""
 
 #: All clients of this process, for a forked child to close its copies of their sockets.
 clients: weakref.WeakSet[Client] = weakref.WeakSet()
@@ -60,11 +76,13 @@ class Session:
         self.error: BaseException | None = None
         #: ``host:port`` of the server.
         self.address = ""
-        #: Our user was not allowed something; what it asked for is not answered.
+        #: Our user was not allowed something.
         self.denied = False
         self._check = asyncio.Event()
         self._cause: NotConnectedError | None = None
-        self._waiting: dict[str, OnAnswer] = {}
+        self._waiting: dict[str, tuple[str, OnAnswer]] = {}
+        self._denials: dict[str, tuple[str, OnDenial]] = {}
+        self._told: set[str] = set()
         self._tokens = itertools.count()
         self._prefix = ""
 
@@ -89,14 +107,32 @@ class Session:
                 raise self._cause or closed
             self.client.tune_socket()
             self.address = self.client.address
-            self._prefix = self.client.new_inbox() + "."
-            await self.subscribe(self._prefix + "*", self._on_answer)
+            await self._open_inbox(timeout)
         except BaseException as error:
             self.client.abort()
-            if self.error is None or not isinstance(error, Exception):
+            ours = not isinstance(error, Exception) or isinstance(error, ConnectionRefusedByServer)
+            if self.error is None or ours:
                 raise
             # nats-py reports the cause to its callback and raises "no servers available"
             raise self.error from error
+
+    async def _open_inbox(self, timeout: float) -> None:
+        """Who may not hear answers would wait in vain for each: that is said at once."""
+        self._prefix = self.client.new_inbox() + "."
+        self.on_denial(self._prefix + "*", self._on_deaf)
+        await self.subscribe(self._prefix + "*", self._on_answer)
+        answered = await self.round_trip(timeout)
+        if self._cause is not None:
+            raise self._cause
+        if not answered:
+            raise NotConnectedError("the NATS server did not answer in time")
+
+    def _on_deaf(self, error: PermissionDeniedError) -> None:
+        self._cause = ConnectionRefusedByServer(
+            f"{error}; or set inbox_prefix in jetstream_nats_options to what it may hear"
+        )
+        self.lost.set()
+        self._check.set()
 
     @property
     def safe_url(self) -> str:
@@ -144,7 +180,7 @@ class Session:
         self.client.abort()
         waiting = dict(self._waiting)
         self._waiting.clear()
-        for token, on_answer in waiting.items():
+        for token, (_, on_answer) in waiting.items():
             on_answer(token, NotConnectedError("the NATS connection was lost"))
 
     async def send(
@@ -152,7 +188,7 @@ class Session:
     ) -> asyncio.Future[Msg]:
         """Publishes with a reply subject; the future is the answer.
 
-        The future fails with :class:`NoResponders` (503) or
+        The future fails with :class:`NoResponders` (503), ``PermissionDeniedError`` or
         :class:`~celery_jetstream.exceptions.NotConnectedError`; a caller that stops waiting
         cancels it.
 
@@ -165,7 +201,7 @@ class Session:
         size, limit = wire_size(payload, headers), self.client.max_payload
         if size > limit:
             raise EventError(f"{size} bytes with headers, and the server takes {limit} at most")
-        token, future = self._expect()
+        token, future = self._expect(subject)
         try:
             await self.client.publish(subject, payload, self._prefix + token, headers)
         except (NatsError, OSError) as error:
@@ -196,7 +232,7 @@ class Session:
         reply = "" if on_answer is None else self._prefix + token
         self.client.put(_frame(subject, reply, payload, headers, limit))
         if on_answer is not None:
-            self._waiting[token] = on_answer
+            self._waiting[token] = subject, on_answer
         return token
 
     @property
@@ -217,7 +253,7 @@ class Session:
         Raises:
             NotConnectedError: it cannot be sent now.
         """
-        token, written = self._expect()
+        token, written = self._expect("")
         try:
             self.client.kick(written)
         except asyncio.QueueFull:
@@ -241,6 +277,7 @@ class Session:
         """Sends and waits for the answer, at most ``timeout`` seconds.
 
         Raises:
+            PermissionDeniedError: our user may not publish there; at once.
             NotConnectedError: no answer in time, no responders, or the connection was lost.
         """
         future = await self.send(subject, payload, headers)
@@ -287,6 +324,13 @@ class Session:
         self.client.receivers[subscription._id] = receive
         return subscription
 
+    def on_denial(self, subject: str, told: OnDenial) -> None:
+        """Has ``told`` called when our user may not publish or subscribe to exactly this.
+
+        For what is sent without asking for an answer. Logged it is in any case, once.
+        """
+        self._denials[subject.lower()] = subject, told
+
     async def unsubscribe(self, subscription: Subscription, timeout: float = 0.0) -> None:
         """Takes the interest away, and hears what was on its way, ``timeout`` seconds at the most.
 
@@ -322,27 +366,60 @@ class Session:
 
     def _on_answer(self, message: Msg) -> None:
         token = message.subject[len(self._prefix) :]
-        on_answer = self._waiting.pop(token, None)
-        if on_answer is None:
+        if token not in self._waiting:
             return
+        _, on_answer = self._waiting.pop(token)
         if message.headers and message.headers.get("Status") == "503":
             on_answer(token, NoResponders(f"no responders: {message.subject}"))
         else:
             on_answer(token, message)
 
-    def _expect(self) -> tuple[str, asyncio.Future[Any]]:
+    def _expect(self, subject: str) -> tuple[str, asyncio.Future[Any]]:
         """A token, and the future of its answer; forgotten when that is done."""
         token = str(next(self._tokens))
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._waiting[token] = partial(_settle, future)
+        self._waiting[token] = subject, partial(_settle, future)
         future.add_done_callback(lambda _: self._waiting.pop(token, None))
         return token, future
 
     async def _on_error(self, error: BaseException) -> None:
         self.error = error
         self._check.set()
-        if "permissions violation" in str(error).lower():
+        if "permissions violation" in (text := str(error).lower()):
             self.denied = True
+            found = _DENIED.search(text)
+            self._deny(*found.groups()) if found else self._tell_denied(text, error)
+
+    def _deny(self, verb: str, lowered: str) -> None:
+        """Answers the first that waits for it: each of several is denied by itself, in order."""
+        known, told = self._denials.get(lowered, ("", None))
+        if verb == "publish":
+            token, subject, on_answer = self._waits_for(lowered)
+            error = PermissionDeniedError("publish to", to_allow(subject or known or lowered))
+            if on_answer is not None:
+                on_answer(token, error)
+        else:
+            heard = {s.subject.lower(): s.subject for s in self.client._subs.values()}
+            inbox = self._prefix.rsplit(".", 2)[0]
+            subject = to_allow(known or heard.get(lowered, lowered), inbox)
+            error = PermissionDeniedError("subscribe to", subject)
+        if told is None or told != self._on_deaf:  # that ends the session, which says why
+            self._tell_denied(f"{verb} {error.subject}", error)
+        if told is not None:
+            told(error)
+
+    def _waits_for(self, lowered: str) -> tuple[str, str, OnAnswer | None]:
+        """Takes out what waits longest for an answer from this subject, if anything."""
+        for token, (subject, on_answer) in self._waiting.items():
+            if subject.lower() == lowered:
+                del self._waiting[token]
+                return token, subject, on_answer
+        return "", "", None
+
+    def _tell_denied(self, what: str, error: BaseException) -> None:
+        """Logs it once, though it may be denied for each message."""
+        if what not in self._told and len(self._told) < MOST_TOLD:
+            self._told.add(what)
             logger.error("NATS denied an operation: %s", error)
 
     async def _on_lost(self) -> None:

@@ -7,7 +7,7 @@ No clock, socket or randomness: what it needs of those is given to it. Acting on
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 
 from billiard.exceptions import Terminated
@@ -38,11 +38,19 @@ class Nak:
 
 @dataclass(frozen=True)
 class DeadLetter:
-    """The message is given up and kept on the dead-letter subject with its reason."""
+    """The message is given up and kept on the dead-letter subject with its reason.
+
+    Attributes:
+        reason: one word, as ``x-dlq-reason`` has it.
+        error_class: the error's class; "" where none was raised.
+        error_message: its text, or what else there is to say.
+        handler: the task's name, filled in when it is settled; "" where there is none.
+    """
 
     reason: str
     error_class: str = ""
     error_message: str = ""
+    handler: str = field(default="", compare=False)
 
 
 Settlement = Ack | Nak | DeadLetter
@@ -139,10 +147,14 @@ def decide(
         will have, dispatched another copy of the same delivery).
     """
     if isinstance(end, Settlement):
-        return end
-    if isinstance(end, End):
-        return _of_end(end, policy, attempt, jitter)
-    return _of_error(end, policy, attempt, exhausted, jitter, now)
+        settlement: Settlement | None = end
+    elif isinstance(end, End):
+        settlement = _of_end(end, policy, attempt, jitter)
+    else:
+        settlement = _of_error(end, policy, attempt, exhausted, jitter, now)
+    if isinstance(settlement, DeadLetter):
+        return replace(settlement, handler=settlement.handler or policy.handler)
+    return settlement
 
 
 def _of_end(end: End, policy: Policy, attempt: int, jitter: float) -> Settlement | None:

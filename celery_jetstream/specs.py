@@ -93,6 +93,8 @@ class ConsumerSpec:
         max_ack_pending: How many messages may be delivered and not yet settled.
         batch_size: The most messages that one pull asks for; not the server's business.
         deliver_subject: Where a push consumer delivers; "" for a pull consumer.
+        optional: It may be missing, and nobody minds.
+        is_peers: Another app's: made where it is missing, and else left as it is.
     """
 
     stream: str
@@ -102,6 +104,8 @@ class ConsumerSpec:
     max_ack_pending: int
     batch_size: int = 256
     deliver_subject: str = ""
+    optional: bool = False
+    is_peers: bool = False
 
     @property
     def deliver_group(self) -> str:

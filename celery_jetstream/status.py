@@ -7,7 +7,6 @@ Runs in the connection's loop thread.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import re
 import time
@@ -15,11 +14,9 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
-from nats.aio.msg import Msg
-
 from .capabilities import Feature, lacking
 from .config import Config
-from .exceptions import NotConnectedError
+from .exceptions import NotConnectedError, PermissionDeniedError
 from .session import NoResponders, Session
 from .specs import filters
 from .subjects import matches
@@ -28,8 +25,6 @@ __all__ = ("look", "nothing_known")
 
 #: Seconds that one question may take, within those of the whole look.
 ASK_TIMEOUT = 2.0
-#: Seconds between two looks at whether the server denied a question: that is no answer to it.
-DENIAL_INTERVAL = 0.05
 #: Messages come and go while they are counted; what is stuck is there each time.
 STUCK_LOOKS, STUCK_PAUSE = 3, 0.2
 
@@ -265,15 +260,15 @@ class _Asker:
             return {}
         body = json.dumps(request).encode() if request else b""
         try:
-            message = await self._answer(subject, body)
+            message = await self.session.ask(subject, body, timeout=ASK_TIMEOUT)
         except NoResponders:
             return {"error": NO_JETSTREAM, "code": 503}
+        except PermissionDeniedError:
+            self._denied.add(subject)
+            return {}
         except NotConnectedError as error:
             if self.session.lost.is_set():
                 raise
-            if self._denies(subject, error):
-                self._denied.add(subject)
-                return {}
             return {"error": str(error)}
         answer: dict[str, Any] = json.loads(message.data)
         if refusal := answer.get("error"):
@@ -282,24 +277,6 @@ class _Asker:
                 "code": refusal.get("code"),
             }
         return answer
-
-    async def _answer(self, subject: str, body: bytes) -> Msg:
-        """As ``Session.ask``, but hears a denial, which comes beside the answers."""
-        asking = asyncio.ensure_future(self.session.ask(subject, body, timeout=ASK_TIMEOUT))
-        try:
-            while not asking.done():
-                await asyncio.wait({asking}, timeout=DENIAL_INTERVAL)
-                if not asking.done() and self._denies(subject, None):
-                    raise NotConnectedError(str(self.session.error))
-            return asking.result()
-        finally:
-            asking.cancel()
-            with contextlib.suppress(asyncio.CancelledError, NotConnectedError):
-                await asking
-
-    def _denies(self, subject: str, error: BaseException | None) -> bool:
-        told = f"{error} {self.session.error if self.session.denied else ''}".lower()
-        return "permissions violation" in told and f'"{subject.lower()}"' in told
 
 
 def _exists(answer: Mapping[str, Any]) -> bool | None:

@@ -60,6 +60,8 @@ class Sweeper:
         settler: the process's.
         consumer: whose; a worker that has a message says so within its ``ack_wait`` (or the
             server's, where that is longer).
+        asks: whether to ask the server what the consumer is like before anything is known to be
+            given up; else an advisory must say so first (``auto_provision`` is off).
     """
 
     def __init__(
@@ -67,12 +69,15 @@ class Sweeper:
         connection: Connection,
         settler: Settler,
         consumer: ConsumerSpec,
+        *,
+        asks: bool = True,
     ) -> None:
         self._connection = connection
         self._settler = settler
         self._stream = consumer.stream
         self._consumer = consumer.durable
         self._ack_wait = self._patience = consumer.ack_wait
+        self._asks = asks
         self._wake = asyncio.Event()
         self._session: Session | None = None
         self._created = ""
@@ -101,6 +106,9 @@ class Sweeper:
         session = await self._connection.session(timeout=60)
         if session is not self._session:
             self._begin(session)
+        if not self._asks:
+            await self._listen(session)
+            return SELDOM
         found = await self._ask(session, f"CONSUMER.INFO.{self._stream}.{self._consumer}")
         if found is None:
             return RETRY_INTERVAL if self._watched else LOOK_INTERVAL
@@ -193,6 +201,7 @@ class Sweeper:
     def _advised(self, message: Msg) -> None:
         with contextlib.suppress(ValueError, KeyError):
             self._exhausted.add(int(json.loads(message.data)["stream_seq"]))
+            self._asks = True
             self._wake.set()
 
     async def _find(self, session: Session, state: _State) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from celery import current_app, shared_task
 
+from .deadletter_filter import EVERY_LETTER, DeadLetterFilter
 from .exceptions import (
     ConfigurationError,
     DatabaseUnavailableError,
@@ -18,7 +19,16 @@ from .exceptions import (
     OutboxUnavailableError,
 )
 
-__all__ = ("flush_outbox", "prune_inbox", "prune_outbox", "publish_event", "publish_on")
+__all__ = (
+    "count_dead_letters",
+    "flush_outbox",
+    "prune_inbox",
+    "prune_outbox",
+    "publish_event",
+    "publish_on",
+    "purge_dead_letters",
+    "redrive_dead_letters",
+)
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +118,81 @@ def prune_inbox(self: Any, max_seconds: float = 60.0) -> dict[str, Any]:
     except DatabaseUnavailableError as error:
         logger.warning("the inbox was not pruned: %s", error)
         return {"outage": str(error)}
+
+
+@shared_task(bind=True, name="celery_jetstream.count_dead_letters", acks_late=False)
+def count_dead_letters(self: Any, **chosen: Any) -> dict[str, Any]:
+    """Counts the app's dead letters: ``count_dead_letters.delay(newer_than=3600)``.
+
+    The arguments are the attributes of a ``DeadLetterFilter``; none for all.
+
+    Returns:
+        The ``DeadLetterCounts`` as a dict.
+    """
+    return dict(self.app.jetstream.dead_letters.count(DeadLetterFilter.of(chosen)).as_dict())
+
+
+@shared_task(bind=True, name="celery_jetstream.redrive_dead_letters", acks_late=False)
+def redrive_dead_letters(
+    self: Any,
+    *,
+    everything: bool = False,
+    rate: float | None = None,
+    limit: int | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    **chosen: Any,
+) -> dict[str, Any]:
+    """Sends dead letters again: ``redrive_dead_letters.delay(handler="shop.pay", rate=200)``.
+
+    Killed in between, or delivered twice by the broker, it does no harm: send it again.
+
+    The arguments are the attributes of a ``DeadLetterFilter``, or ``everything=True``; and ``rate``
+    (events a second), ``limit``, ``force`` and ``dry_run`` as for ``DeadLetters.redrive``.
+
+    Returns:
+        The ``RedriveResult`` as a dict; an outage is in its ``error``.
+
+    Raises:
+        ValueError: neither a filter nor ``everything``, or both.
+    """
+    by = f"task {self.request.id or self.name} on {self.request.hostname or 'this host'}"
+    result = self.app.jetstream.dead_letters.redrive(
+        _letters(chosen, everything), rate=rate, limit=limit, force=force, dry_run=dry_run, by=by
+    )
+    return dict(result.as_dict())
+
+
+@shared_task(bind=True, name="celery_jetstream.purge_dead_letters", acks_late=False)
+def purge_dead_letters(
+    self: Any,
+    *,
+    everything: bool = False,
+    limit: int | None = None,
+    dry_run: bool = False,
+    **chosen: Any,
+) -> dict[str, Any]:
+    """Deletes dead letters for ever: ``purge_dead_letters.delay(older_than=30 * 86400)``.
+
+    The arguments are the attributes of a ``DeadLetterFilter``, or ``everything=True``; ``limit``
+    and ``dry_run``.
+
+    Returns:
+        The ``PurgeResult`` as a dict; an outage is in its ``error``.
+
+    Raises:
+        ValueError: neither a filter nor ``everything``, or both.
+    """
+    letters = self.app.jetstream.dead_letters
+    result = letters.purge(_letters(chosen, everything), limit=limit, dry_run=dry_run)
+    return dict(result.as_dict())
+
+
+def _letters(chosen: Mapping[str, Any], everything: bool) -> DeadLetterFilter:
+    found = DeadLetterFilter.of(chosen)
+    if found.is_empty != everything:
+        raise ValueError("give a filter, or everything=True for every dead letter")
+    return EVERY_LETTER if everything else found
 
 
 def publish_on(

@@ -20,7 +20,12 @@ from dataclasses import replace
 from itertools import product
 from typing import Any, NoReturn
 
-from .exceptions import NotConnectedError, SubjectOverlapError, TopologyError
+from .exceptions import (
+    NotConnectedError,
+    PermissionDeniedError,
+    SubjectOverlapError,
+    TopologyError,
+)
 from .plans import Change, Ignored, Plan, compare
 from .specs import Configuration, ConsumerSpec, StreamSpec, filters
 from .subjects import overlap
@@ -104,6 +109,7 @@ async def ensure(
         TopologyError: The server refused (no JetStream: 10039, 10076; the filter is another
             consumer's: 10099, 10100; …), ignored a field that it does not know, or the deadline
             passed.
+        PermissionDeniedError: Our user may not; what is done stays.
         NotConnectedError: No answer three times in a row; what is done stays, run it again.
     """
     first: Plan | None = None
@@ -130,9 +136,9 @@ async def ensure(
             obstacle = str(refusal)
         except NotConnectedError as error:
             silent += 1
-            if silent == _SILENCES:
+            if silent == _SILENCES or isinstance(error, PermissionDeniedError):
                 raise
-            obstacle = f"{error} (nor is there an answer to what our user may not do)"
+            obstacle = str(error)
         now = time.monotonic()
         if now >= ends:
             raise TopologyError(
@@ -160,7 +166,8 @@ async def plan(api: Api, stream: StreamSpec, *consumers: ConsumerSpec) -> Plan:
     for consumer in consumers:
         operation = f"CONSUMER.INFO.{consumer.stream}.{consumer.durable}"
         there = await _find(api, operation, stream.name) if found else {}
-        changes.append(compare("consumer", consumer.durable, there, consumer.wanted(), stream.name))
+        wanted = there if there and consumer.is_peers else consumer.wanted()
+        changes.append(compare("consumer", consumer.durable, there, wanted, stream.name))
     return Plan(tuple(changes))
 
 

@@ -11,6 +11,7 @@ from celery import Celery
 from celery_jetstream import JetStream
 from celery_jetstream.config import Config
 from celery_jetstream.connection import Connection
+from tests.burials import Desk
 from tests.conftest import Names
 from tests.servers import NatsServer, need
 
@@ -36,6 +37,25 @@ def connect_to() -> Iterator[Callable[..., Connection]]:
     yield make
     for connection in connections:
         connection.close()
+
+
+@pytest.fixture
+def make_desk(names: Names) -> Iterator[Callable[..., Desk]]:
+    """``make_desk(url, **settings)``: an app with dead letters on demand."""
+    made: list[Desk] = []
+
+    def make(url: str, **settings: Any) -> Desk:
+        made.append(Desk(url, names, **settings))
+        return made[-1]
+
+    yield make
+    for desk in made:
+        desk.close()
+
+
+@pytest.fixture
+def desk(make_desk: Callable[..., Desk], nats_server: NatsServer) -> Desk:
+    return make_desk(nats_server.url)
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ def test_dry_run_says_what_it_would_do_and_does_nothing(
     forget_everything(stack, names)
     said = provision(stack, "--dry-run")
     assert f"+ stream {names.stream_name}: create" in said
-    assert f"+{names.app_name}.sync.{names.destination_app}" in said
+    assert f"  + subjects: {names.app_name}.sync.{names.destination_app}\n" in said
     assert "error" in stack.api(f"STREAM.INFO.{names.stream_name}")
 
 

@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
-from celery_jetstream import breaker, flusher, publisher, signals
+from celery_jetstream import breaker, flusher, signals
 from celery_jetstream.capabilities import ATOMIC_BATCHES
 from celery_jetstream.sqltypes import db_now
 from tests.conftest import Names
@@ -545,10 +545,9 @@ def test_a_stream_of_another_name_may_have_the_subjects(
 
 
 @on_sqlite
-def test_who_may_not_ask_goes_on_singly(
-    make: Make, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(publisher, "ASK_TIMEOUT", 0.2)
+@pytest.mark.parametrize("provisions", [False, True])
+def test_who_may_not_ask(make: Make, caplog: pytest.LogCaptureFixture, provisions: bool) -> None:
+    """Without auto_provision it is not asked, but tried; else who may not goes on singly."""
     config = """
         jetstream: {}
         authorization: { users: [
@@ -560,12 +559,13 @@ def test_who_may_not_ask_goes_on_singly(
         url = server.url.replace("//", "//admin:secret@")
         before = make(url)
         poor = server.url.replace("//", "//poor:secret@")
-        flushing = _with(before, jetstream_nats_urls=poor, jetstream_auto_provision=False)
+        flushing = _with(before, jetstream_nats_urls=poor, jetstream_auto_provision=provisions)
         try:
             flushing.write(*"abc")
             assert flushing.drain().sent == 3
-            assert set(batches(before)) == {""}
-            assert len(warnings(caplog)) == 1
+            assert ("" in batches(before)) == provisions
+            assert len(warnings(caplog)) == int(provisions)
+            assert ("denied" in caplog.text) == provisions
         finally:
             flushing.close()
 

@@ -159,10 +159,8 @@ def test_a_stream_that_is_gone_is_made_anew(make: Make, quick: None) -> None:
 
 @on_sqlite
 def test_without_a_stream_rows_wait_and_fail_after_the_grace(make: Make, quick: None) -> None:
-    flushing = make(jetstream_auto_provision=False, jetstream_outbox_no_stream_grace=1)
-    flushing.write(*"aab", None)
-    config = flushing.api(f"STREAM.INFO.{flushing.stream}")["config"]
-    flushing.api(f"STREAM.DELETE.{flushing.stream}")
+    flushing = make(jetstream_outbox_no_stream_grace=1)
+    flushing.write(*"aab", None, subject=flushing.other)
     result = flushing.drain()
     assert (result.failed, result.sent) == (0, 0)
     assert "no stream" in (result.outage or "")
@@ -171,8 +169,29 @@ def test_without_a_stream_rows_wait_and_fail_after_the_grace(make: Make, quick: 
     failing = min(row.failing_since for row in flushing.rows() if row.failing_since)
     failed = [row for row in flushing.rows() if row.status == "failed"]
     assert all(row.finished_at - failing > timedelta(seconds=0.9) for row in failed)
-    flushing.api(f"STREAM.CREATE.{flushing.stream}", **config)
+    flushing.make_stream(f"{flushing.stream}-other", flushing.other)
     flushing.outbox.retry(Filter())
+    flows(flushing, 4, stream=f"{flushing.stream}-other")
+
+
+@on_sqlite
+def test_without_auto_provision_rows_wait_for_a_stream_for_as_long_as_it_takes(
+    make: Make, quick: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """JetStream is not asked, so nothing tells a stream that is missing from an election."""
+    flushing = make(jetstream_auto_provision=False, jetstream_outbox_no_stream_grace=0)
+    flushing.write(*"aab", None)
+    config = flushing.api(f"STREAM.INFO.{flushing.stream}")["config"]
+    flushing.api(f"STREAM.DELETE.{flushing.stream}")
+    tries = flushing.flusher.breaker
+    for _ in range(3):
+        assert "jetstream provision" in (flushing.drain().outage or "")
+        wait_until(lambda: tries.is_trying(flushing.subject), 5, "the pause to be over")
+    assert {(row.status, row.attempts) for row in flushing.rows()} == {("pending", 0)}
+    (said,) = [line for line in caplog.messages if "jetstream_auto_provision is off" in line]
+    assert flushing.stream in said
+    assert "jetstream provision" in said
+    flushing.api(f"STREAM.CREATE.{flushing.stream}", **config)
     flows(flushing, 4)
 
 

@@ -21,6 +21,7 @@ from celery.signals import task_success
 from celery.utils.dispatch import Signal
 
 from celery_jetstream import JetStream, publish_event, publish_on
+from celery_jetstream.connection import Connection
 from celery_jetstream.exceptions import (
     EncodeError,
     EventError,
@@ -412,15 +413,23 @@ def test_a_publish_does_not_wait_for_an_api_that_answers_nobody(
 
 
 @pytest.fixture
-def deaf_server(names: Names) -> Iterator[NatsServer]:
-    """Takes our publishes and never answers them: a permission denied is silence to a client."""
+def deaf_server(names: Names, connect_to: Callable[..., Connection]) -> Iterator[NatsServer]:
+    """Takes our publishes and never answers them: somebody else gets them, and says nothing."""
     need("nats")
-    denied = f"{names.app_name}.sync.>"
+    subject = f"{names.app_name}.sync.{names.destination_app}"
     config = (
-        "authorization { users: [{user: us, password: pw, "
-        f'permissions: {{publish: {{deny: ["{denied}"]}}}}}}] }}'
+        "authorization { users: [{user: us, password: pw}] }\n"
+        f'mappings: {{ "{subject}": "deaf" }}'
     )
     with NatsServer(config=config) as server:
+        other = connect_to(f"nats://us:pw@127.0.0.1:{server.port}")
+
+        async def listen() -> None:
+            session = await other.session()
+            await session.subscribe("deaf", lambda _: None)
+            await session.round_trip(10)
+
+        other.run(listen)
         yield server
 
 

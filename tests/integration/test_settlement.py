@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from celery import Celery
 
+from celery_jetstream import JetStream
 from celery_jetstream.testing import NatsServer, wait_until
 from tests.conftest import Names
 from tests.servers import RedisServer
@@ -136,6 +138,7 @@ def test_unrecoverable_error_is_a_dead_letter_at_once(desk: Stack) -> None:
     (letter,) = dead(desk, event_id)
     assert letter["reason"] == "unrecoverable_error"
     assert letter["context"]["error_class"] == "ValueError"
+    assert letter["context"]["handler"] == "tests.apps.desk.error_value"
 
 
 def test_unpicklable_error_is_judged_as_what_it_is(desk: Stack) -> None:
@@ -151,6 +154,23 @@ def test_any_other_error_is_tried_max_deliver_times(desk: Stack) -> None:
     assert [line["num_delivered"] for line in runs(desk, event_id)] == [1, 2, 3]
     (letter,) = dead(desk, event_id)
     assert letter["reason"] == "max_deliveries_exceeded"
+
+
+def test_a_redriven_event_runs_with_all_its_attempts_anew(desk: Stack) -> None:
+    event_id = send(desk, "error.runtime")
+    app = Celery("desk", set_as_current=False)
+    app.conf.update({**desk.settings, "jetstream_outage_errors": []})
+    operator = JetStream(app)
+    try:
+        assert operator.dead_letters.redrive(event_id).redriven == 1
+    finally:
+        operator.close()
+    desk.wait_ledger(lambda: len(runs(desk, event_id)) == 6, 30, "it to run again")
+    wait_until(lambda: desk.left() == 0, 30, "it to be settled")
+    assert [line["num_delivered"] for line in runs(desk, event_id)] == [1, 2, 3, 1, 2, 3]
+    (letter,) = dead(desk, event_id)
+    assert letter["context"]["handler"] == "tests.apps.desk.error_runtime"
+    assert (letter["context"]["redrives"], letter["headers"]["x-redrives"]) == (1, "1")
 
 
 def test_an_outage_is_never_a_dead_letter(desk: Stack) -> None:

@@ -218,8 +218,10 @@ def test_a_plan_changes_nothing(
     async def body(api: Api) -> None:
         empty = await plan(api, stream, consumer)
         assert str(empty).startswith(f"+ stream {stream.name}: create\n")
-        assert f"    subjects: +{stream.subjects[0]} +{stream.subjects[1]}" in empty.lines()
-        assert "    ack_wait: 30 s" in empty.lines()
+        assert f"  + subjects: {stream.subjects[0]}" in empty.lines()
+        assert f"  + subjects: {stream.subjects[1]}" in empty.lines()
+        assert "  + ack_wait: 30 s" in empty.lines()
+        assert empty.summary(dry_run=True) == "2 to be made or changed"
         assert (await api.ask(f"STREAM.INFO.{stream.name}", {}))["error"]["err_code"] == 10059
 
         await api.make_stream(stream.name, *stream.subjects)
@@ -229,10 +231,10 @@ def test_a_plan_changes_nothing(
 
         assert planned.lines() == [
             f"~ stream {stream.name}: update",
-            "    max_age: 0 s -> 3600 s",
+            "  ~ max_age: 0 s -> 3600 s",
             f"~ consumer {consumer.durable}: update",
-            "    ack_wait: 5 s -> 30 s",
-            "    max_deliver: 5 -> -1",
+            "  ~ ack_wait: 5 s -> 30 s",
+            "  ~ max_deliver: 5 -> -1",
         ]
         assert planned.changes[1].differences[0] == Difference("ack_wait", 5, 30)
         assert (await api.stream(stream.name), await api.consumer(consumer)) == before
@@ -250,7 +252,7 @@ def test_adds_missing_subjects_and_keeps_the_others(
         await api.make_stream(stream.name, foreign, stream.subjects[1])
         done = await ensure(api, stream)
 
-        assert done.lines()[1:] == [f"    subjects: +{stream.subjects[0]}"]
+        assert done.lines()[1:] == [f"  + subjects: {stream.subjects[0]}"]
         found = (await api.stream(stream.name))["subjects"]
         assert found == [foreign, stream.subjects[1], stream.subjects[0]]
 
@@ -312,11 +314,11 @@ def test_the_consumer_is_brought_to_what_is_wanted(
         done = await ensure(api, stream, consumer)
 
         assert done.changes[1].lines()[1:] == [
-            "    ack_wait: 1 s -> 30 s",
-            "    max_ack_pending: 7 -> 1000",
-            "    max_deliver: 5 -> -1",
-            "    backoff: 1 s, 2 s -> not set",
-            "    headers_only: True -> not set",
+            "  ~ ack_wait: 1 s -> 30 s",
+            "  ~ max_ack_pending: 7 -> 1000",
+            "  ~ max_deliver: 5 -> -1",
+            "  ~ backoff: 1 s, 2 s -> not set",
+            "  ~ headers_only: True -> not set",
         ]
         found = await api.consumer(consumer)
         assert (found["ack_wait"], found["max_ack_pending"]) == (30 * SECOND, 1000)
@@ -743,7 +745,7 @@ def test_gives_up_at_the_deadline_when_another_keeps_undoing(
         with pytest.raises(TopologyError, match=r"after 0\.5 s: others undo this") as caught:
             await ensure(api, stream, deadline=0.5)
         assert time.monotonic() - began < 5
-        assert f"subjects: +{stream.subjects[1]}" in str(caught.value)
+        assert f"+ subjects: {stream.subjects[1]}" in str(caught.value)
 
     talk(nats_server, body)
 

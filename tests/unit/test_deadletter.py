@@ -19,7 +19,7 @@ from celery_jetstream.settlement import DeadLetter
 REPLY = "$JS.ACK.orders.desk-workers.3.42.99.1700000000000000000.0"
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc)
 BODY = json.dumps({"event_id": "e-1", "event_type": "order.created", "payload": {}}).encode()
-END = DeadLetter("unrecoverable_error", "ValueError", "seven is no colour")
+END = DeadLetter("unrecoverable_error", "ValueError", "seven is no colour", "desk.order")
 MIB = 1024**2
 
 
@@ -40,12 +40,14 @@ def test_body_and_headers() -> None:
         "event_id": "e-1",
         "error_class": "ValueError",
         "error_message": "seven is no colour",
+        "handler": "desk.order",
         "original_subject": "hub.sync.desk",
         "stream": "orders",
         "stream_sequence": 42,
         "consumer": "desk-workers",
         "consumer_sequence": 99,
         "deliveries": 3,
+        "redrives": 0,
         "timestamp": "2026-01-02T03:04:05+00:00",
     }
     assert headers == {

@@ -233,7 +233,7 @@ def _fault(line: str) -> str:
     called = re.search(r"celery -A \S+ jetstream (.*)", line)
     if called is None:
         return ""
-    words = shlex.split(re.split(r" [#&|>;]|…", called[1])[0].replace("[", "").replace("]", ""))
+    words = shlex.split(re.split(r" [#&|>;]|…|'\)", called[1])[0].replace("[", "").replace("]", ""))
     command: click.Command = jetstream
     while words and isinstance(command, click.Group) and re.fullmatch(r"[a-z_]+", words[0]):
         name = words.pop(0)

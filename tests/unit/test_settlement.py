@@ -107,6 +107,13 @@ def test_dead_letter_tells_the_error() -> None:
     assert dead == DeadLetter("max_deliveries_exceeded", "OSError", "the cause")
 
 
+@pytest.mark.parametrize("end", [ValueError("seven"), End.REVOKED, DeadLetter("mine")])
+def test_dead_letter_names_the_handler(end: Any) -> None:
+    dead = decide(end, Policy(handler="shop.pay"), 1)
+    assert isinstance(dead, DeadLetter)
+    assert dead.handler == "shop.pay"
+
+
 def test_what_autoretry_gave_up_on_is_a_dead_letter_also_when_unrecoverable() -> None:
     dead = decide(ValueError("last"), POLICY, 2, exhausted=True)
     assert reason(dead) == "max_deliveries_exceeded"
