@@ -107,6 +107,19 @@ def stop_on_signals(running: _Running) -> None:
         signals[number] = stop
 
 
+def _http_address(value: Any) -> Any:
+    try:
+        return readers.http_address(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} {error}") from None
+
+
+def http_address(default: str) -> dict[str, Any]:
+    """What the option ``--http-address`` is, but for its name."""
+    text = "Serve /livez, /readyz, /status and /metrics there: 8080, :8080 (of 127.0.0.1), "
+    return {"type": _http_address, "help": f"{text}host:port. Default: {default}."}
+
+
 class Stopping:
     """Asked between two steps whether to end early; :func:`stop_on_signals` has it say so."""
 
@@ -120,19 +133,6 @@ class Stopping:
     def stop(self) -> None:
         """From now on it is to end."""
         self._stopped = True
-
-
-def _http_address(value: Any) -> Any:
-    try:
-        return readers.http_address(value)
-    except ValueError as error:
-        raise click.BadParameter(f"{value!r} {error}") from None
-
-
-def http_address(default: str) -> dict[str, Any]:
-    """What the option ``--http-address`` is, but for its name."""
-    text = "Serve /livez, /readyz, /status and /metrics there: 8080, :8080 (of 127.0.0.1), "
-    return {"type": _http_address, "help": f"{text}host:port. Default: {default}."}
 
 
 # -- of outbox and inbox -----------------------------------------------------------------------

@@ -447,20 +447,23 @@ class JetStream:
                 whether they can share a consumer.
         """
         if not self._consumers:
-            ours = self.provisioner
+            ours = self._provisioner
             ask = ours.consumers if self.config.auto_provision else ours.possible_consumers
             self._consumers = await ask()
         return self._consumers
 
+    async def consumers_there(self) -> tuple[specs.ConsumerSpec, ...]:
+        """As :meth:`consumers`; asks which there are, whatever ``auto_provision`` says."""
+        return await self._provisioner.consumers()
+
     async def _ensure(self) -> plans.Plan:
-        return await self.provisioner.ensure(await self.consumers())
+        return await self._provisioner.ensure(await self.consumers())
 
     async def _api(self, subject: str, request: Mapping[str, Any]) -> dict[str, Any]:
-        return await self.provisioner.api(subject, request)
+        return await self._provisioner.api(subject, request)
 
     @cached_property
-    def provisioner(self) -> Provisioner:
-        """What makes the stream and its consumers. Loop thread."""
+    def _provisioner(self) -> Provisioner:
         return Provisioner(self.config, lambda: self.connection.session())
 
     # -- one runtime per process -------------------------------------------------------------------

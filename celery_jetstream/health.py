@@ -170,7 +170,7 @@ class Health:
         if self._denied[0] is not session:
             self._denied = session, set()
         try:
-            consumers = await asyncio.wait_for(jetstream.provisioner.consumers(), PATIENCE / 2)
+            consumers = await asyncio.wait_for(jetstream.consumers_there(), PATIENCE / 2)
         except (NotConnectedError, asyncio.TimeoutError):
             consumers = consumer_specs(jetstream.config)
         names = [consumer.durable for consumer in consumers]

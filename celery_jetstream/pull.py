@@ -128,7 +128,10 @@ class Pull:
         """Why nothing comes now, whatever the stream has; None where it would. Any thread."""
         if self._subscription is None:
             return f"does not pull from {self._name}"
-        return f"cannot pull from {self._name}: {self._said}" if self._trouble else None
+        if denied := self.denied:
+            return f"cannot pull from {self._name}: {denied}"
+        troubled = self._trouble and self._said  # nothing is said of an optional one
+        return f"cannot pull from {self._name}: {self._said}" if troubled else None
 
     @property
     def asked(self) -> int:

@@ -87,7 +87,7 @@ class Push:
         """Why nothing comes now, whatever the stream has; None where it would. Any thread."""
         if self._subscription is None:
             return f"does not listen on {self._subject}"
-        return None
+        return str(self.denied) if self.denied else None
 
     async def run(self) -> None:
         """Receives until :meth:`stop`."""

@@ -199,7 +199,7 @@ class Redrive:
     def _failed(self, letter: StoredDeadLetter, result: PublishResult, denied: bool) -> None:
         if result.verdict is Verdict.NO_STREAM:
             self._without_stream.add(result.subject)
-        elif result.transient:
+        elif result.transient or result.verdict is Verdict.DENIED:
             hint = f"; NATS denies this user something: it needs to publish to {result.subject}"
             self.ended(f"{result.error}{hint if denied else ''}")
             return

@@ -121,8 +121,9 @@ def test_what_is_printed_is_enough(
                 create_outbox(connection)
                 desk.outbox.add(connection, event_type="order.paid", payload={})
             assert desk.outbox.drain().sent == 1
-            status = errand.make(nats_urls=server.url_of(operator.name)).status()
-            assert status["problems"] == []
+            report = errand.make(nats_urls=server.url_of(operator.name)).health_check()
+            assert report["problems"] == []
+            assert report["unknown"] == []
         finally:
             errand.close()
         assert "iolation" not in server.log.read_text()

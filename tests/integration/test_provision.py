@@ -182,7 +182,7 @@ def test_consumers_that_may_be_missing_are_not_missed(
     assert len(consumers(errand)) == 1
     Bridge(errand.desk, once=True).run()
     errand.run(2)
-    assert errand.desk.status()["problems"] == []
+    assert errand.desk.health_check()["problems"] == []
     assert "is not there" not in caplog.text
     assert "cannot pull" not in caplog.text
 
