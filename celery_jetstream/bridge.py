@@ -99,6 +99,16 @@ class Bridge:
         self._taken = 0
         self._beyond: list[Delivery] = []
 
+    @property
+    def in_flight(self) -> int:
+        """Messages that this bridge holds: not dispatched, or no worker has claimed them."""
+        return len(self._flights)
+
+    @property
+    def broker_connected(self) -> bool:
+        """Whether the Celery broker takes copies, as far as is known."""
+        return not self._broker_down
+
     # -- main thread -----------------------------------------------------------------------------
 
     def run(self) -> None:
@@ -223,6 +233,7 @@ class Bridge:
 
     def _arrive(self, message: Msg) -> None:
         delivery = Delivery.from_reply(message.reply, message.headers)
+        signals.message_received.send(sender=self, delivery=delivery)
         self._taken += 1
         if self._max_messages is not None and self._taken > self._max_messages:
             self._beyond.append(delivery)  # sent unasked (push mode), or before we stopped
@@ -390,7 +401,8 @@ class Bridge:
     def _give_back(self, flight: Flight) -> None:
         with self._lock:
             self._flights.leave(flight.delivery.sequence)
-        self.jetstream.settler.settle(flight.delivery, Nak(self.config.backoff[-1]))
+        again = Nak(self.config.backoff[-1])
+        self.jetstream.settler.settle(flight.delivery, again, handler=flight.handler)
 
     def _prepare(self, flight: Flight) -> bool:
         """Whether the message can be sent; settles here what cannot."""
@@ -400,7 +412,7 @@ class Bridge:
         with self._lock:
             self._flights.leave(flight.delivery.sequence)
         original = Original(flight.subject, flight.body, flight.delivery.headers)
-        self.jetstream.settler.settle(flight.delivery, settlement, original)
+        self.jetstream.settler.settle(flight.delivery, settlement, original, flight.handler)
         self.dispatched += 1
         self._ask_for_more()
         return False

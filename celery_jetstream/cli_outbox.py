@@ -87,8 +87,11 @@ def relay(ctx: click.Context, loglevel: Any, interval: float, once: bool, **opti
 
     For those who want it published without beat, or sooner than a beat comes. Any number of relays,
     workers and beats at once is correct. Outages are waited for. A second signal ends it at once.
+    With jetstream_metrics_address it serves its metrics there.
+
     Exit status: 0 after a stop, 1 where it could not start.
     """
+    from . import metrics
     from .relay import Relay
 
     app = ctx.obj.app
@@ -97,6 +100,7 @@ def relay(ctx: click.Context, loglevel: Any, interval: float, once: bool, **opti
         running = Relay(jetstream.outbox.drain, interval=interval, once=once)
         stop_on_signals(running)
         jetstream.connection.start()
+        metrics.serve(jetstream)
         try:
             running.run()
         finally:

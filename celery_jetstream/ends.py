@@ -127,7 +127,7 @@ def settle(
         now=datetime.now(timezone.utc),
     )
     if settlement is not None and time.monotonic() < until:
-        jetstream.settler.settle(delivery, settlement)
+        jetstream.settler.settle(delivery, settlement, handler=task.name)
 
 
 def _is_failure(end: Ended) -> bool:

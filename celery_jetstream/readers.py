@@ -209,6 +209,17 @@ def no_dlq_action(value: object) -> str:
     return "log_and_term"
 
 
+def http_address(value: object) -> tuple[str, int]:
+    """Return host and port of ``8080``, ``:8080``, ``host:port`` or ``[::1]:8080``."""
+    if isinstance(value, tuple) and len(value) == 2:  # as it was read before
+        value = f"[{value[0]}]:{value[1]}" if ":" in str(value[0]) else f"{value[0]}:{value[1]}"
+    given = str(value).strip() if isinstance(value, (str, int)) else ""
+    found = re.fullmatch(r"(?:(\[[0-9A-Fa-f:.]+\]|[\w.-]*):)?(\d{1,5})", given)
+    if isinstance(value, bool) or not found or int(found[2]) > 65535:
+        raise ValueError("must be a port, :port, host:port or [IPv6 address]:port")
+    return (found[1] or "").strip("[]") or "127.0.0.1", int(found[2])
+
+
 def masked(value: object) -> str:
     """Return the ``repr`` of a value without what may be credentials in the URLs it has."""
     text = re.sub("://.*@", "://***@", repr(value))

@@ -34,7 +34,7 @@ from .acks import keep_in_progress
 from .connection import Connection
 from .delivery import Delivery
 from .exceptions import NotConnectedError
-from .settlement import Ack, End, Policy, decide
+from .settlement import End, Policy, decide
 from .settler import Settler
 from .threads import native_lock
 
@@ -313,7 +313,7 @@ class Keeper:
         since = time.monotonic() - CHILD_ACKS_WITHIN
         for when, child, delivery in list(self._returned):  # another thread may append to it
             if child == pid and when > since and delivery is not None:
-                self._settler.settle(delivery, Ack())
+                self._settler.ack_again(delivery)
 
     def held(self) -> list[JetStreamRequest]:
         """The requests of all messages that this worker holds now. Any thread."""
