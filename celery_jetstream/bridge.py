@@ -269,10 +269,13 @@ class Bridge:
         if handler is not None:
             if self._pauses.outage(handler, sequence):
                 logger.warning(
-                    "%s pauses: its database is away; its messages wait in the bridge", handler
+                    "%s pauses: its database is away; its messages wait in the bridge",
+                    handler,
+                    extra={"handler": handler},
                 )
         elif self._pauses and (handler := self._pauses.ended(sequence)):
-            logger.warning("%s goes on: its database answers again", handler)
+            fields = {"handler": handler}
+            logger.warning("%s goes on: its database answers again", handler, extra=fields)
             self._flights.resume()
             self._work.set()
 
@@ -387,14 +390,20 @@ class Bridge:
                     self._flights.put_back(flights[number:])
                 raise
             except Exception:
-                logger.exception("%s cannot be sent; the message comes again", flight.task.name)
+                logger.exception(
+                    "%s cannot be sent; the message comes again",
+                    flight.task.name,
+                    extra=flight.log_fields,
+                )
                 self._give_back(flight)
 
     def _can_prepare(self, flight: Flight) -> bool:
         try:
             return self._prepare(flight)
         except Exception:
-            logger.exception("message %s cannot be prepared", flight.delivery.task_id)
+            logger.exception(
+                "message %s cannot be prepared", flight.delivery.task_id, extra=flight.log_fields
+            )
             self._give_back(flight)
             return False
 

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ("LOOKED_UP", "METRICS", "OTHER", "Metric")
+__all__ = ("LOOKED_UP", "METRICS", "OTHER", "REASONS", "Metric")
 
 #: Stands for all values of a label beyond those that it may have.
 OTHER = "other"
 #: The process that is asked finds it out then; the others are counted as things happen.
 LOOKED_UP = "looked up"
 
+#: Why a message may be given up, but for what a middleware says.
+REASONS = (
+    *("malformed_json", "invalid_envelope", "invalid_payload", "no_handler"),
+    *("unrecoverable_error", "max_deliveries_exceeded", "rejected", "revoked"),
+)
+
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0)
 _LONG = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
-_LATE = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 600.0, 3600.0)
 _ROWS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 10000.0)
 
 
@@ -31,6 +36,8 @@ class Metric:
         help: what it says.
         labels: their names.
         buckets: of a histogram, upper bounds.
+        known: values of its one label that it has from the beginning, as 0: Prometheus sees no
+            increase in the first value of a series.
         processes: how a gauge's values in several processes become one (prometheus_client's
             ``multiprocess_mode``); :data:`LOOKED_UP` where there is but one.
     """
@@ -40,6 +47,7 @@ class Metric:
     help: str
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
+    known: tuple[str, ...] = ()
     processes: str = ""
 
     @property
@@ -79,7 +87,7 @@ METRICS: tuple[Metric, ...] = (
         "outbox_commit_to_ack_seconds",
         "histogram",
         "From a row's INSERT until JetStream had stored its event; not of events with a delay.",
-        buckets=_LATE,
+        buckets=_LONG,
     ),
     Metric(
         "outbox_breaker_open",
@@ -148,6 +156,7 @@ METRICS: tuple[Metric, ...] = (
         "counter",
         "Dead letters that were stored.",
         ("reason",),
+        known=REASONS,
     ),
     Metric(
         "dead_letters_stored",
@@ -171,10 +180,10 @@ METRICS: tuple[Metric, ...] = (
     ),
     # What all of it stands on.
     Metric(
-        "connected",
+        "connection_down",
         "gauge",
-        "1 while there is a NATS connection, else 0; of several processes, the worst.",
-        processes="livemin",
+        "1 while the NATS connection is lost, or cannot be had; of several processes, the worst.",
+        processes="livemax",
     ),
     Metric(
         "connection_losses_total",

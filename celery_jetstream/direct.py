@@ -325,7 +325,9 @@ class Intake:
                 self._wake.set()
                 raise  # the broker's connection (task events), for Celery to mend
             logger.exception(
-                "message %s could not be handed over; it comes again", flight.delivery.task_id
+                "message %s could not be handed over; it comes again",
+                flight.delivery.task_id,
+                extra=flight.log_fields,
             )
 
     def _refuses(self, flight: Flight) -> bool:
@@ -400,7 +402,8 @@ class Intake:
             with self._lock:
                 handler = self._pauses.ended(flight.delivery.sequence)
             if handler is not None:
-                logger.warning("%s goes on: its database answers again", handler)
+                fields = {"handler": handler}
+                logger.warning("%s goes on: its database answers again", handler, extra=fields)
                 self._look = True
                 self._wake.set()
 
@@ -417,6 +420,7 @@ class Intake:
             logger.warning(
                 "%s pauses: its database is away; its messages wait in this worker",
                 flight.task.name,
+                extra={"handler": flight.task.name},
             )
 
     def _wait(self, flight: Flight, delay: float) -> None:

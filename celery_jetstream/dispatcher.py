@@ -97,7 +97,11 @@ class Dispatcher:
         try:
             flight.options = self._route(flight)
         except Exception:
-            logger.exception("no route for %s; the message comes again", flight.task.name)
+            logger.exception(
+                "no route for %s; the message comes again",
+                flight.task.name,
+                extra=flight.log_fields,
+            )
             return Nak(self._config.backoff[-1])
         if not flight.admitted:  # else its place is counted under the queue it has
             flight.queue = _queue_name(flight.options)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from celery import Celery, bootsteps
 from celery import signals as celery_signals
 
-from . import plans, signals, specs, status, topology
+from . import plans, privacy, signals, specs, status, topology
 from .capabilities import has_filter_subjects
 from .config import Config
 from .connection import Connection
@@ -493,6 +493,7 @@ class CheckSettings(bootsteps.Step):
     """A worker with wrong settings, or two handlers for one pattern, does not start."""
 
     def __init__(self, worker: Any, **_: Any) -> None:
+        privacy.hide_payloads()
         jetstream = worker.app.jetstream
         with_inbox = jetstream.check().with_inbox
         if with_inbox and any(task.wants_session for task in with_inbox):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections import Counter as Tally
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from celery import signals as celery_signals
@@ -21,7 +21,7 @@ from .exceptions import ConfigurationError
 from .settlement import Ack, DeadLetter, Settlement
 from .threads import native_lock
 
-__all__ = ("start",)
+__all__ = ("start", "stop")
 
 #: Values of ``reason`` and ``handler`` that one process tells apart: a middleware may give reasons
 #: of its own, and what it puts in them is not ours to know.
@@ -45,8 +45,14 @@ def start() -> Meters:
                 f'"celery-jetstream[prometheus]" ({error})',
                 setting="jetstream_metrics",
             ) from error
-        _meters.connect()
+    _meters.connect()
     return _meters
+
+
+def stop() -> None:
+    """Ends counting; what was counted stays."""
+    if _meters is not None:
+        _meters.disconnect()
 
 
 class Meters:
@@ -71,6 +77,8 @@ class Meters:
                 self._metrics[metric.name] = make[metric.kind](
                     metric.full_name, metric.help, metric.labels, **options
                 )
+                for value in metric.known:
+                    self._metrics[metric.name].labels(value)
         self._seen: dict[str, set[str]] = {"handler": set(), "reason": set()}
         self._child = lru_cache(maxsize=1024)(self._make_child)
         # A lock of prometheus_client that another thread has while this one forks would stay
@@ -84,8 +92,18 @@ class Meters:
             )
 
     def connect(self) -> None:
-        """Has the signals counted."""
-        for signal, receiver in (
+        """Has the signals counted; harmless to repeat."""
+        for signal, receiver in self._receivers:
+            signal.connect(receiver, weak=False)
+
+    def disconnect(self) -> None:
+        """Counts no more."""
+        for signal, receiver in self._receivers:
+            signal.disconnect(receiver)
+
+    @cached_property
+    def _receivers(self) -> tuple[tuple[Any, Callable[..., None]], ...]:
+        return (
             (signals.after_event_publish, self._published),
             (signals.event_publish_failed, self._published),
             (signals.outbox_published, self._outbox_published),
@@ -97,9 +115,8 @@ class Meters:
             (signals.message_dead_lettered, self._dead_lettered),
             (signals.connection_opened, self._opened),
             (signals.connection_lost, self._lost),
-        ):
-            signal.connect(receiver, weak=False)
-        celery_signals.worker_process_shutdown.connect(_forget_process, weak=False)
+            (celery_signals.worker_process_shutdown, _forget_process),
+        )
 
     # -- publishing --------------------------------------------------------------------------------
 
@@ -155,10 +172,10 @@ class Meters:
     # -- the connection ----------------------------------------------------------------------------
 
     def _opened(self, **_: Any) -> None:
-        self._set("connected", 1.0)
+        self._set("connection_down", 0.0)
 
     def _lost(self, **_: Any) -> None:
-        self._set("connected", 0.0)
+        self._set("connection_down", 1.0)
         self._inc("connection_losses_total")
 
     # -- how ---------------------------------------------------------------------------------------
