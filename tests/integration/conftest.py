@@ -13,6 +13,9 @@ from celery_jetstream.config import Config
 from celery_jetstream.connection import Connection
 from tests.conftest import Names
 from tests.servers import NatsServer, need
+from tests.watching import watched
+
+__all__ = ("watched",)
 
 
 @pytest.fixture

@@ -128,6 +128,7 @@ def tracing(
             raise ValueError("no number")
 
     desk.finalize()
+    tracing.desk.provision()
     bridge = Bridge(tracing.desk)
     running = threading.Thread(target=bridge.run)
     running.start()
@@ -245,7 +246,7 @@ def test_a_producers_own_header_wins(tracing: Tracing, name: str) -> None:
 def test_with_celerys_own_instrumentation_there_is_one_span_for_an_attempt(
     with_celery: None, tracing: Tracing
 ) -> None:
-    """Its span for the copy is in the event's trace, and its span for the run has our attributes."""
+    """Its span for the copy is in the event's trace, and that for the run has our attributes."""
     tracing.shop.publish("note.made", {"how": "retry"})
     tracing.run()
     tracing.run()
