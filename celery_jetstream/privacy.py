@@ -42,6 +42,6 @@ def _tells(argument: Any) -> bool:
 
 def _shown(argument: Any) -> Any:
     """An error stays, and a task's name; the body may be without a mark, cut or encoded."""
-    if isinstance(argument, Mapping):
+    if isinstance(argument, Mapping) and HEADER in argument:
         return {name: argument.get(name) for name in ("task", "id", "origin")}
     return HIDDEN if isinstance(argument, str) and len(argument) > 100 else argument

@@ -88,7 +88,7 @@ def watched(
         jetstream_metrics_address=free_port(),
         jetstream_max_deliver=2,
         jetstream_ack_wait=3,
-        jetstream_backoff=[0.2, 60],
+        jetstream_backoff=[0.2],
     )
     try:
         stack.hub.provision()

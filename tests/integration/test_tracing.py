@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from celery_jetstream.contrib.opentelemetry import JetStreamInstrumentor
 from tests.conftest import Names
 from tests.databases import Database
 from tests.servers import NatsServer, wait_until
+from tests.watching import Watched
 
 ROOT = Path(__file__).parents[2]
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -226,7 +228,7 @@ def test_a_message_without_a_handler_is_a_dead_letter_of_its_trace(tracing: Trac
 
 
 def test_what_could_not_be_published_says_why(tracing: Tracing) -> None:
-    result = tracing.shop.publish("note.made", {}, subject="no.stream.here", timeout=0.1)
+    result = tracing.shop.publish("note.made", {}, subject="no.stream.here", timeout=1)
     assert not result
     publish = tracing.one("publish no.stream.here")
     assert publish.status.status_code is StatusCode.ERROR
@@ -286,3 +288,27 @@ def test_opentelemetry_finds_the_instrumentor() -> None:
     name, target = group.partition("\n")[0].split(" = ")
     entry = EntryPoint(name, target.strip('"'), "opentelemetry_instrumentor")
     assert entry.load() is JetStreamInstrumentor
+
+
+def test_a_real_worker_and_bridge_go_on_with_a_trace(watched: Watched) -> None:
+    """With Celery's instrumentation in both, and an exporter that writes a file."""
+    trace_id = "0x" + TRACEPARENT.split("-")[1][:-8] + f"{os.getpid():08x}"
+    traceparent = f"00-{trace_id[2:]}-{TRACEPARENT.split('-')[2]}-01"
+    watched.stack.hub.publish("error.once", {"id": 1}, headers={"traceparent": traceparent})
+
+    def found() -> list[dict[str, Any]]:
+        ours = [span for span in watched.spans() if span["context"]["trace_id"] == trace_id]
+        return ours if len(ours) == 4 else []
+
+    spans = wait_until(found, 20, "two copies and two runs")
+    handler = "tests.apps.desk.error_once"
+    copies = [span for span in spans if span["name"] == f"apply_async/{handler}"]
+    runs = [span for span in spans if span["name"] == f"run/{handler}"]
+    assert {copy["parent_id"][2:] for copy in copies} == {TRACEPARENT.split("-")[2]}
+    assert {copy["pid"] for copy in copies} == {watched.bridge.pid}
+    ids = {copy["context"]["span_id"] for copy in copies}
+    assert {run["parent_id"] for run in runs} == ids
+    assert len(ids) == 2
+    assert [run["attributes"]["celery_jetstream.num_delivered"] for run in runs] == [1, 2]
+    assert [run["status"]["status_code"] for run in runs] == ["ERROR", "UNSET"]
+    assert [run["attributes"].get("celery_jetstream.outcome") for run in runs] == ["nak", "ack"]
