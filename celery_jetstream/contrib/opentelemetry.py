@@ -42,6 +42,8 @@ class JetStreamInstrumentor:
     """
 
     _tracer: trace.Tracer | None = None
+    _provider: trace.TracerProvider | None = None
+    _celerys: Any = None
 
     def instrumentation_dependencies(self) -> Collection[str]:
         """What must be installed: nothing that is not."""
@@ -60,6 +62,8 @@ class JetStreamInstrumentor:
         """
         if self.is_instrumented_by_opentelemetry:
             return
+        JetStreamInstrumentor._provider = tracer_provider
+        JetStreamInstrumentor._celerys = _celerys_own()
         JetStreamInstrumentor._tracer = trace.get_tracer(
             "celery_jetstream", __version__, tracer_provider
         )
@@ -73,6 +77,12 @@ class JetStreamInstrumentor:
             signal.disconnect(receiver)
         Dispatcher.around = staticmethod(contextlib.nullcontext)
         JetStreamInstrumentor._tracer = None
+
+
+def _is_traced() -> bool:
+    """Whether there is an SDK: without one all of this would cost, and come to nothing."""
+    provider = JetStreamInstrumentor._provider or trace.get_tracer_provider()
+    return not isinstance(provider, (trace.ProxyTracerProvider, trace.NoOpTracerProvider))
 
 
 def _start(name: str, kind: SpanKind, attributes: Attributes, **options: Any) -> Span:
@@ -89,7 +99,7 @@ def _start(name: str, kind: SpanKind, attributes: Attributes, **options: Any) ->
 def _create(event: Any, subject: str, headers: dict[str, str], **_: Any) -> None:
     """Headers that a producer has set stay as they are."""
     given = {name.lower() for name in headers}
-    if "traceparent" in given:
+    if "traceparent" in given or not _is_traced():
         return
     span = _start(
         f"create {subject}", SpanKind.PRODUCER, _of_event("create", event.event_id, subject, event)
@@ -103,13 +113,14 @@ def _create(event: Any, subject: str, headers: dict[str, str], **_: Any) -> None
 def _published(
     event: Any, result: Any, headers: Mapping[str, str], seconds: float, **_: Any
 ) -> None:
-    _publish(result, headers, seconds, event)
+    if _is_traced():
+        _publish(result, headers, seconds, event)
 
 
 def _outbox_published(
     rows: Sequence[Any], results: Sequence[Any], seconds: float, **_: Any
 ) -> None:
-    for row, result in zip(rows, results, strict=True):
+    for row, result in zip(rows, results, strict=True) if _is_traced() else ():
         if "traceparent" in row.headers.lower():  # a text; else there is no trace to go on with
             _publish(result, json.loads(row.headers), seconds)
 
@@ -146,6 +157,9 @@ def _of_event(operation: str, event_id: str, subject: str, event: Any) -> Attrib
 @contextlib.contextmanager
 def _within(headers: Mapping[str, str]) -> Iterator[None]:
     """Celery's own instrumentation makes a span for each copy: it is to be one of the event's."""
+    if not _is_traced():
+        yield
+        return
     token = contexts.attach(_context(headers))
     try:
         yield
@@ -157,6 +171,8 @@ def _within(headers: Mapping[str, str]) -> Iterator[None]:
 
 
 def _handler_started(sender: Any, event: Any, delivery: Any, **_: Any) -> None:
+    if not _is_traced():
+        return
     attributes = {
         "messaging.operation.type": "process",
         "messaging.operation.name": "process",
@@ -168,7 +184,8 @@ def _handler_started(sender: Any, event: Any, delivery: Any, **_: Any) -> None:
         "celery_jetstream.stream_sequence": delivery.sequence,
         "celery_jetstream.num_delivered": delivery.num_delivered,
     }
-    if _celery_traces():
+    celerys = JetStreamInstrumentor._celerys
+    if celerys is not None and celerys.is_instrumented_by_opentelemetry:
         span = trace.get_current_span()
         span.set_attributes({"messaging.system": "nats", **attributes})
         setattr(sender.request, ATTEMPT, (span, None))
@@ -222,6 +239,8 @@ def _task_ended(sender: Any = None, **_: Any) -> None:
 def _dead_lettered(
     delivery: Any, reason: str, headers: Mapping[str, str], handler: str, **_: Any
 ) -> None:
+    if not _is_traced():
+        return
     found = json.loads(headers.get("x-dlq-context", "{}"))
     span = _start(
         "dead_letter",
@@ -255,13 +274,14 @@ def _attempt(request: Any) -> tuple[Any, Any]:
     return getattr(request, ATTEMPT, None) or (None, None)
 
 
-def _celery_traces() -> bool:
+def _celerys_own() -> Any:
+    """Celery's instrumentor, which is one for the process; None where it is not installed."""
     try:
         from opentelemetry.instrumentation.celery import CeleryInstrumentor
     except ImportError:
-        return False
+        return None
     instrumentor: Any = CeleryInstrumentor
-    return bool(instrumentor().is_instrumented_by_opentelemetry)
+    return instrumentor()
 
 
 _RECEIVERS: tuple[tuple[Any, Callable[..., None]], ...] = (
