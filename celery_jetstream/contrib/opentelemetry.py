@@ -44,6 +44,7 @@ class JetStreamInstrumentor:
     _tracer: trace.Tracer | None = None
     _provider: trace.TracerProvider | None = None
     _celerys: Any = None
+    _follows = False
 
     def instrumentation_dependencies(self) -> Collection[str]:
         """What must be installed: nothing that is not."""
@@ -73,8 +74,9 @@ class JetStreamInstrumentor:
 
     def uninstrument(self, **_: Any) -> None:
         """Ends it."""
-        for signal, receiver in _RECEIVERS:
+        for signal, receiver in (*_RECEIVERS, *_OF_ATTEMPTS):
             signal.disconnect(receiver)
+        JetStreamInstrumentor._follows = False
         Dispatcher.around = staticmethod(contextlib.nullcontext)
         JetStreamInstrumentor._tracer = None
 
@@ -173,6 +175,7 @@ def _within(headers: Mapping[str, str]) -> Iterator[None]:
 def _handler_started(sender: Any, event: Any, delivery: Any, **_: Any) -> None:
     if not _is_traced():
         return
+    _follow_attempts()
     attributes = {
         "messaging.operation.type": "process",
         "messaging.operation.name": "process",
@@ -194,6 +197,14 @@ def _handler_started(sender: Any, event: Any, delivery: Any, **_: Any) -> None:
     span = _start(f"process {sender.name}", SpanKind.CONSUMER, attributes, context=context)
     token = contexts.attach(trace.set_span_in_context(span, context))
     setattr(sender.request, ATTEMPT, (span, token))
+
+
+def _follow_attempts() -> None:
+    """From the first that is traced on: where none is, the receivers would only cost."""
+    if not JetStreamInstrumentor._follows:
+        JetStreamInstrumentor._follows = True
+        for signal, receiver in _OF_ATTEMPTS:
+            signal.connect(receiver, weak=False)
 
 
 def _handler_ended(sender: Any, error: BaseException | None, **_: Any) -> None:
@@ -290,8 +301,10 @@ _RECEIVERS: tuple[tuple[Any, Callable[..., None]], ...] = (
     (signals.event_publish_failed, _published),
     (signals.outbox_published, _outbox_published),
     (signals.handler_started, _handler_started),
+    (signals.message_dead_lettered, _dead_lettered),
+)
+_OF_ATTEMPTS: tuple[tuple[Any, Callable[..., None]], ...] = (
     (signals.handler_ended, _handler_ended),
     (signals.message_settled, _settled),
-    (signals.message_dead_lettered, _dead_lettered),
     (celery_signals.task_postrun, _task_ended),
 )
