@@ -106,11 +106,11 @@ def told(jetstream: JetStream) -> dict[Any, float]:
 
 
 def test_an_outbox_is_counted_and_looked_at(
-    nats_server: NatsServer, sqlite: Database, make_app: Any, monkeypatch: pytest.MonkeyPatch
+    nats_server: NatsServer, database: Database, make_app: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metrics, "CACHE", 0.0)
     jetstream = make_app(
-        nats_server.url, jetstream_database_url=sqlite.url, jetstream_outbox_nudge=False
+        nats_server.url, jetstream_database_url=database.url, jetstream_outbox_nudge=False
     )
     assert ("outbox_pending_events", ()) not in told(jetstream)  # it has no tables yet
     jetstream.outbox.create_tables()
