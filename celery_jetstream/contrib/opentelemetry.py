@@ -182,6 +182,7 @@ def _handler_started(sender: Any, event: Any, delivery: Any, **_: Any) -> None:
         "messaging.destination.name": delivery.stream,
         "messaging.consumer.group.name": delivery.consumer,
         "messaging.message.id": event.event_id,
+        "celery_jetstream.event_id": event.event_id,  # Celery's instrumentation has the task's id
         "celery_jetstream.event_type": event.event_type,
         "celery_jetstream.handler": sender.name,
         "celery_jetstream.stream_sequence": delivery.sequence,

@@ -166,6 +166,7 @@ def test_a_handler_is_in_the_trace_of_who_published(tracing: Tracing) -> None:
         "messaging.destination.name": tracing.desk.config.stream_name,
         "messaging.consumer.group.name": f"{tracing.desk.config.app_name}-workers",
         "messaging.message.id": event_id,
+        "celery_jetstream.event_id": event_id,
         "celery_jetstream.event_type": "note.made",
         "celery_jetstream.handler": "note",
         "celery_jetstream.stream_sequence": 1,
@@ -259,6 +260,7 @@ def test_with_celerys_own_instrumentation_there_is_one_span_for_an_attempt(
     for number, (run, outcome) in enumerate(zip(runs, ("nak", "ack"), strict=True), 1):
         attributes = run.attributes or {}
         assert attributes["messaging.system"] == "nats"
+        assert attributes["celery_jetstream.event_id"] == tracing.ran[0][0]
         assert attributes["celery_jetstream.num_delivered"] == number
         assert attributes["celery_jetstream.outcome"] == outcome
     assert [within.span_id for _, within in tracing.ran] == [run.context.span_id for run in runs]
