@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from nats.aio.msg import Msg
 
 from .connection import Connection
+from .delivery import Delivery
 from .exceptions import NotConnectedError
 from .session import Session
 
@@ -176,7 +177,11 @@ class Acks:
             if now > entry.give_up:
                 self._unconfirmed.discard(entry)
                 session.forget([entry.token])
-                logger.warning("settlement given up unconfirmed: %s", entry.reply)
+                logger.warning(
+                    "settlement given up unconfirmed: %s",
+                    entry.reply,
+                    extra=Delivery.from_reply(entry.reply).log_fields,
+                )
             elif not session.full:
                 session.forget([entry.token])
                 self._post(session, entry)

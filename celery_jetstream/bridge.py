@@ -159,6 +159,16 @@ class Bridge:
         while self._broker_heard == before and not self._broker_down and time.monotonic() < ends:
             time.sleep(0.02)
 
+    @property
+    def in_flight(self) -> int:
+        """Messages that this bridge holds: not dispatched, or no worker has claimed them."""
+        return len(self._flights)
+
+    @property
+    def broker_connected(self) -> bool:
+        """Whether the Celery broker takes copies, as far as is known."""
+        return not self._broker_down
+
     # -- main thread -----------------------------------------------------------------------------
 
     def run(self) -> None:
@@ -290,6 +300,7 @@ class Bridge:
 
     def _arrive(self, message: Msg) -> None:
         delivery = Delivery.from_reply(message.reply, message.headers)
+        signals.message_received.send(sender=self, delivery=delivery)
         self._taken += 1
         if self._max_messages is not None and self._taken > self._max_messages:
             self._beyond.append(delivery)  # sent unasked (push mode), or before we stopped
@@ -339,10 +350,13 @@ class Bridge:
         if handler is not None:
             if self._pauses.outage(handler, sequence):
                 logger.warning(
-                    "%s pauses: its database is away; its messages wait in the bridge", handler
+                    "%s pauses: its database is away; its messages wait in the bridge",
+                    handler,
+                    extra={"handler": handler},
                 )
         elif self._pauses and (handler := self._pauses.ended(sequence)):
-            logger.warning("%s goes on: its database answers again", handler)
+            fields = {"handler": handler}
+            logger.warning("%s goes on: its database answers again", handler, extra=fields)
             self._flights.resume()
             self._work.set()
 
@@ -462,21 +476,28 @@ class Bridge:
                     self._flights.put_back(flights[number:])
                 raise
             except Exception:
-                logger.exception("%s cannot be sent; the message comes again", flight.task.name)
+                logger.exception(
+                    "%s cannot be sent; the message comes again",
+                    flight.task.name,
+                    extra=flight.log_fields,
+                )
                 self._give_back(flight)
 
     def _can_prepare(self, flight: Flight) -> bool:
         try:
             return self._prepare(flight)
         except Exception:
-            logger.exception("message %s cannot be prepared", flight.delivery.task_id)
+            logger.exception(
+                "message %s cannot be prepared", flight.delivery.task_id, extra=flight.log_fields
+            )
             self._give_back(flight)
             return False
 
     def _give_back(self, flight: Flight) -> None:
         with self._lock:
             self._flights.leave(flight.delivery.sequence)
-        self.jetstream.settler.settle(flight.delivery, Nak(self.config.backoff[-1]))
+        again = Nak(self.config.backoff[-1])
+        self.jetstream.settler.settle(flight.delivery, again, handler=flight.handler)
 
     def _prepare(self, flight: Flight) -> bool:
         """Whether the message can be sent; settles here what cannot."""
@@ -486,7 +507,7 @@ class Bridge:
         with self._lock:
             self._flights.leave(flight.delivery.sequence)
         original = Original(flight.subject, flight.body, flight.delivery.headers)
-        self.jetstream.settler.settle(flight.delivery, settlement, original)
+        self.jetstream.settler.settle(flight.delivery, settlement, original, flight.handler)
         self.dispatched += 1
         self._ask_for_more()
         return False

@@ -97,6 +97,7 @@ def relay(
 
     For those who want it published without beat, or sooner than a beat comes. Any number of relays,
     workers and beats at once is correct. Outages are waited for. A second signal ends it at once.
+
     Exit status: 0 after a stop, 1 where it could not start.
     """
     from .http import serving

@@ -96,6 +96,12 @@ class Config:
 
     direct: bool = _setting(False, readers.flag, "True")
 
+    # What is counted.
+    metrics: bool = _setting(False, readers.flag, "True")
+    metrics_address: tuple[str, int] | None = _setting(
+        None, readers.http_address, '"127.0.0.1:9464", or 9464, or ":9464" (127.0.0.1)'
+    )
+
     # How failures end.
     max_deliver: int = _setting(5, readers.whole(1, 1_000_000), "5")
     backoff: tuple[float, ...] = _setting(
@@ -167,6 +173,7 @@ class Config:
         values, problems = _check({name: getattr(self, name) for name in _FIELDS})
         _raise(problems)
         values["sources"] = values["sources"] or (origins.Source(values["destination_app"]),)
+        values["metrics"] = values["metrics"] or values["metrics_address"] is not None
         for name, value in values.items():
             object.__setattr__(self, name, value)
 

@@ -31,6 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from . import signals
 from .config import Config
 from .exceptions import ConnectionRefusedByServer, NotConnectedError
 from .rotation import Rotation, Server
@@ -391,6 +392,7 @@ class Connection:
             logger.warning("NATS connection is back")
         self._ever_connected, self.last_error, self._refusal = True, None, None
         self._learn_limit(session.client.max_payload)
+        signals.connection_opened.send(sender=self, url=session.safe_url)
         greeting = asyncio.create_task(self._greet(session))
         try:
             await session.watch()
@@ -400,6 +402,7 @@ class Connection:
         cause = session.cause
         self.last_error = _classify(cause, session.client.expires) if cause else None
         logger.warning("NATS connection lost: %s", self.last_error or "no answer")
+        signals.connection_lost.send(sender=self, error=self.last_error)
         session.end()
         return time.monotonic() - start
 
@@ -428,6 +431,7 @@ class Connection:
     def _failed(self, error: NotConnectedError) -> None:
         if self.last_error is None:
             logger.warning("NATS connection failed; trying on: %s", error)
+            signals.connection_lost.send(sender=self, error=error)
         self.last_error = error
 
     def _round_failed(self, errors: list[NotConnectedError]) -> None:

@@ -94,6 +94,11 @@ class Delivery:
         return f"{self.stream}-{self.sequence}"
 
     @property
+    def log_fields(self) -> dict[str, Any]:
+        """What a line about it has in its ``extra``."""
+        return {"stream_sequence": self.sequence, "num_delivered": self.num_delivered}
+
+    @property
     def consumer_sequence(self) -> int:
         """The number of this hand-over among all that the consumer made."""
         return int(_ack_tokens(self.reply)[4])

@@ -26,6 +26,7 @@ from celery import bootsteps
 from celery.worker import state as worker_state
 from nats.aio.msg import Msg
 
+from . import signals
 from .acks import keep_in_progress
 from .deadletter import Original
 from .delivery import Delivery
@@ -171,7 +172,7 @@ class Intake:
             self._arrived.clear()
             self._waiting.clear()
         for flight in left:
-            self._jetstream.settler.settle(flight.delivery, Nak(0.0))
+            self._jetstream.settler.settle(flight.delivery, Nak(0.0), handler=flight.handler)
         if self._feeder is None or not self._feeder.is_alive():
             self._wake.close()
 
@@ -307,6 +308,7 @@ class Intake:
 
     def arrive(self, delivery: Delivery, message: Msg) -> None:
         """Takes a message in, for Celery's thread to hand over."""
+        signals.message_received.send(sender=self, delivery=delivery)
         with self._lock:
             waiting = self._waiting.get(delivery.sequence)
             if waiting is not None and waiting[1].delivery.timestamp == delivery.timestamp:
@@ -394,7 +396,9 @@ class Intake:
                 self._wake.set()
                 raise  # the broker's connection (task events), for Celery to mend
             logger.exception(
-                "message %s could not be handed over; it comes again", flight.delivery.task_id
+                "message %s could not be handed over; it comes again",
+                flight.delivery.task_id,
+                extra=flight.log_fields,
             )
 
     def _refuses(self, flight: Flight) -> bool:
@@ -402,7 +406,7 @@ class Intake:
         refused = self._prepare(flight)
         if refused is not None:
             original = Original(flight.subject, flight.body, flight.delivery.headers)
-            self._jetstream.settler.settle(flight.delivery, refused, original)
+            self._jetstream.settler.settle(flight.delivery, refused, original, flight.handler)
         return refused is not None
 
     def _prepare(self, flight: Flight) -> DeadLetter | None:
@@ -430,7 +434,7 @@ class Intake:
                     request.hand_back(End.UNKNOWN_TASK)
         else:
             delay = self._config.backoff[-1]
-            self._jetstream.settler.settle(flight.delivery, Nak(delay))
+            self._jetstream.settler.settle(flight.delivery, Nak(delay), handler=flight.handler)
         if message is None:
             self._leave()
         else:
@@ -469,7 +473,8 @@ class Intake:
             with self._lock:
                 handler = self._pauses.ended(flight.delivery.sequence)
             if handler is not None:
-                logger.warning("%s goes on: its database answers again", handler)
+                fields = {"handler": handler}
+                logger.warning("%s goes on: its database answers again", handler, extra=fields)
                 self._look = True
                 self._wake.set()
 
@@ -481,11 +486,12 @@ class Intake:
                 self._wait(flight, delay)
             news = error.pauses and self._pauses.outage(flight.task.name, flight.delivery.sequence)
         if stopping:
-            self._jetstream.settler.settle(flight.delivery, Nak(delay))
+            self._jetstream.settler.settle(flight.delivery, Nak(delay), handler=flight.handler)
         elif news:
             logger.warning(
                 "%s pauses: its database is away; its messages wait in this worker",
                 flight.task.name,
+                extra={"handler": flight.task.name},
             )
 
     def _wait(self, flight: Flight, delay: float) -> None:

@@ -10,7 +10,8 @@ import contextlib
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
 
 from celery import Celery
 from celery.app.amqp import task_message
@@ -18,6 +19,7 @@ from kombu.exceptions import OperationalError
 
 from .config import Config
 from .handlers import EVENT_ID, EVENT_TYPE, HEADER, LEASE, Handlers
+from .headers import TRACE_CONTEXT
 from .inflight import Flight
 from .settlement import DeadLetter, Nak, Settlement
 
@@ -59,6 +61,9 @@ class Dispatcher:
         broker_errors: what the broker's client raises when the broker is away.
     """
 
+    #: What is entered, given the message's headers, while its copy is sent.
+    around: ClassVar[Any] = staticmethod(contextlib.nullcontext)
+
     def __init__(self, app: Celery, config: Config, handlers: Handlers) -> None:
         self._app = app
         self._config = config
@@ -92,7 +97,11 @@ class Dispatcher:
         try:
             flight.options = self._route(flight)
         except Exception:
-            logger.exception("no route for %s; the message comes again", flight.task.name)
+            logger.exception(
+                "no route for %s; the message comes again",
+                flight.task.name,
+                extra=flight.log_fields,
+            )
             return Nak(self._config.backoff[-1])
         if not flight.admitted:  # else its place is counted under the queue it has
             flight.queue = _queue_name(flight.options)
@@ -112,7 +121,8 @@ class Dispatcher:
         try:
             with _batch(self._producer, len(flights)):
                 for flight in flights:
-                    self._send_one(flight, lease_ends if flight.expires else None)
+                    with self.around(flight.delivery.headers):
+                        self._send_one(flight, lease_ends if flight.expires else None)
         except BaseException:
             self.close()
             raise
@@ -186,6 +196,9 @@ class TaskMessages:
             self._templates[task.name] = delivery.task_id, self._first(flight)
         written_id, written = self._templates[task.name]
         headers = _with_id(written.headers, written_id, delivery.task_id)
+        for name in TRACE_CONTEXT:
+            if text := delivery.headers.get(name):
+                headers[name] = text
         headers["argsrepr"] = f"({flight.envelope.get('event_type')!r},)"
         headers["retries"] = delivery.num_delivered - 1
         event = written.sent_event and {
@@ -267,6 +280,6 @@ def _queue_name(options: dict[str, Any]) -> str:
     return "" if elsewhere else str(queue.name)
 
 
-def _batch(producer: Any, size: int) -> contextlib.AbstractContextManager[Any]:
+def _batch(producer: Any, size: int) -> AbstractContextManager[Any]:
     batch = getattr(producer, "batch", None)
     return contextlib.nullcontext() if batch is None else batch(max_size=size)

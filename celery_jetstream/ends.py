@@ -127,7 +127,7 @@ def settle(
         now=datetime.now(timezone.utc),
     )
     if settlement is not None and time.monotonic() < until:
-        jetstream.settler.settle(delivery, settlement)
+        jetstream.settler.settle(delivery, settlement, handler=task.name)
 
 
 def _is_failure(end: Ended) -> bool:
@@ -152,17 +152,29 @@ def _recorded(
             return end, attempt
         answer = inbox.fail(entry, _text(end), patience)
     except InboxUnavailableError as error:
-        logger.error("how %s ended could not be recorded: %s", entry.delivery.task_id, error)
+        logger.error(
+            "how %s ended could not be recorded: %s",
+            entry.delivery.task_id,
+            error,
+            extra=entry.log_fields,
+        )
         return End.OUTAGE, delivered
     except Exception:  # whatever it is, the message must be settled, and not for ever tried
-        logger.exception("how %s ended could not be recorded", entry.delivery.task_id)
+        logger.exception(
+            "how %s ended could not be recorded", entry.delivery.task_id, extra=entry.log_fields
+        )
         return end, max(attempt, delivered)
     if isinstance(end, Settlement):
         return end, attempt
     if answer.verdict is answer.verdict.BUSY:
         return End.DUPLICATE, attempt
     if answer.verdict is answer.verdict.PROCESSED:
-        logger.warning("%s is done, though its task ended with: %s", entry.delivery.task_id, end)
+        logger.warning(
+            "%s is done, though its task ended with: %s",
+            entry.delivery.task_id,
+            end,
+            extra=entry.log_fields | {"outcome": "ack"},
+        )
         return Ack(), attempt
     return end, answer.attempts
 

@@ -21,6 +21,7 @@ from celery import signals as celery_signals
 from . import (
     control,  # noqa: F401 - registers its command
     plans,
+    privacy,
     provisioning,
     signals,
     specs,
@@ -35,6 +36,7 @@ from .events import Event
 from .exceptions import ConfigurationError, EventError, NotConnectedError
 from .handlers import Handlers
 from .health import Health, Part
+from .metrics import ServeMetrics
 from .preflight import check_permissions
 from .provisioning import Provisioner
 from .publisher import Message, Publisher, PublishResult
@@ -99,6 +101,7 @@ class JetStream:
         self._ensuring: asyncio.Task[None] | None = None
         app.jetstream = self
         app.steps["worker"].add(CheckSettings)
+        app.steps["worker"].add(ServeMetrics)
         app.steps["consumer"].add(HandBack)
         app.steps["consumer"].add(Direct)
         self._schedule = Schedule(app)
@@ -114,7 +117,12 @@ class JetStream:
         Raises:
             ConfigurationError: names every wrong setting, its value and a good one.
         """
-        return Config.from_app(self.app)
+        config = Config.from_app(self.app)
+        if config.metrics:
+            from . import meters
+
+            meters.start()
+        return config
 
     def check(self) -> Handlers:
         """Reads and checks the settings and the handlers; returns the handlers.
@@ -268,17 +276,19 @@ class JetStream:
         """As :meth:`publish`, awaited in any event loop."""
         message = self.publisher.message(event_type=event_type, payload=payload, **event)
         self._before([message])
+        start = time.monotonic()
         future = self.connection.submit(self.publisher.send, [message], timeout)
         results = await asyncio.wrap_future(future)
-        self._after([message], results)
+        self._after([message], results, time.monotonic() - start)
         return results[0]
 
     def _send(self, messages: list[Message], timeout: float) -> list[PublishResult]:
         self._before(messages)
+        start = time.monotonic()
         results = self.connection.run(
             self.publisher.send, messages, timeout, timeout=timeout + SEND_GRACE
         )
-        self._after(messages, results)
+        self._after(messages, results, time.monotonic() - start)
         return results
 
     def _before(self, messages: list[Message]) -> None:
@@ -290,13 +300,24 @@ class JetStream:
                 headers=dict(message.headers),
             )
 
-    def _after(self, messages: list[Message], results: list[PublishResult]) -> None:
+    def _after(self, messages: list[Message], results: list[PublishResult], seconds: float) -> None:
         for message, result in zip(messages, results, strict=True):
-            if result.success:
-                signals.after_event_publish.send(sender=self, event=message.event, result=result)
-            else:
-                logger.error("event %s was not published: %s", result.event_id, result.error)
-                signals.event_publish_failed.send(sender=self, event=message.event, result=result)
+            signal = signals.after_event_publish
+            if not result.success:
+                signal = signals.event_publish_failed
+                logger.error(
+                    "event %s was not published: %s",
+                    result.event_id,
+                    result.error,
+                    extra=message.log_fields | {"outcome": result.verdict.value},
+                )
+            signal.send(
+                sender=self,
+                event=message.event,
+                result=result,
+                headers=message.headers,
+                seconds=seconds,
+            )
 
     # -- outbox ----------------------------------------------------------------------------------
 
@@ -520,6 +541,7 @@ class CheckSettings(bootsteps.Step):
     """A worker with wrong settings, or two handlers for one pattern, does not start."""
 
     def __init__(self, worker: Any, **_: Any) -> None:
+        privacy.hide_payloads()
         jetstream = worker.app.jetstream
         with_inbox = jetstream.check().with_inbox
         if with_inbox and any(task.wants_session for task in with_inbox):

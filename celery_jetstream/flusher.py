@@ -123,7 +123,7 @@ class Flusher:
         self.database = database
         self.connection = connection
         self.publisher = publisher
-        self.rows = Rows(database.tables)
+        self.rows = Rows(database.tables, with_age=config.metrics)
         self.recorder = Recorder(config, database, self.rows)
         self.breaker = Breaker()
         connection.on_session(self._on_session)
@@ -158,6 +158,9 @@ class _Batch:
     messages: list[Message] = field(default_factory=list)
     #: Transactions that may go as one, and how many rows each has.
     whole: dict[str, int] = field(default_factory=dict)
+    #: By the monotonic clock.
+    read_at: float = field(default_factory=time.monotonic)
+    sent_at: float = 0.0
 
     @property
     def transactions(self) -> list[str | None] | None:
@@ -317,7 +320,7 @@ class _Sweep:
             except BaseException:
                 published.cancel()
                 raise
-            signals.outbox_published.send(sender=self._flusher, rows=batch.rows, results=results)
+            self._announce(batch, results)
             self._heed(batch, results)
             done = batch, results
             batch = None if self._over else self._unblocked(following)
@@ -428,7 +431,7 @@ class _Sweep:
         """Without the rows of keys of which an earlier one was not stored."""
         if batch is None or not self._blocked:
             return batch
-        free = _Batch(whole=batch.whole)
+        free = _Batch(whole=batch.whole, read_at=batch.read_at)
         held_up = self._hold_up(batch.rows, batch.whole)
         for row, message in zip(batch.rows, batch.messages, strict=True):
             if row.transaction_id in held_up:
@@ -477,12 +480,23 @@ class _Sweep:
         patience += PER_TRANSACTION * len(set(together or ()))
         timeout = min(patience, lease.left * (1 - RESERVE))
         signals.outbox_claimed.send(sender=self._flusher, rows=batch.rows)
+        batch.sent_at = time.monotonic()
         return self._flusher.connection.submit(
             self._flusher.publisher.attempt,
             batch.messages,
             batch.keys,
             timeout,
             together,
+        )
+
+    def _announce(self, batch: _Batch, results: Sequence[PublishResult]) -> None:
+        now = time.monotonic()
+        signals.outbox_published.send(
+            sender=self._flusher,
+            rows=batch.rows,
+            results=results,
+            seconds=now - batch.sent_at,
+            since_read=now - batch.read_at,
         )
 
     def _heed(self, batch: _Batch, results: Sequence[PublishResult]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from functools import cached_property, lru_cache, partial
@@ -22,7 +23,7 @@ from celery._state import _get_active_apps, connect_on_app_finalize, get_current
 from celery.exceptions import Retry
 from celery.local import Proxy
 
-from . import subjects
+from . import signals, subjects
 from .config import Config
 from .delivery import Delivery
 from .events import Event
@@ -179,6 +180,8 @@ class JetStreamTask(Task):
         jetstream = getattr(self.app, "jetstream", None)
         for middleware in reversed(jetstream.middleware if jetstream else ()):
             call = partial(_through, middleware, call)
+        if delivery_of(self.request):
+            call = partial(self._announced, call)
         try:
             result = call(event)
         except Exception as error:
@@ -188,6 +191,25 @@ class JetStreamTask(Task):
             self.request.jetstream_settlement = result
             return None if isinstance(result, Ack) else SETTLED
         return result
+
+    def _announced(self, call: Callable[[Event], Any], event: Event) -> Any:
+        """Tells of an attempt of a message's."""
+        delivery, start = delivery_of(self.request), time.perf_counter()
+        error: BaseException | None = None
+        signals.handler_started.send(sender=self, event=event, delivery=delivery)
+        try:
+            return call(event)
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            signals.handler_ended.send(
+                sender=self,
+                event=event,
+                delivery=delivery,
+                seconds=time.perf_counter() - start,
+                error=error,
+            )
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], event: Event) -> Any:
         call = super().__call__  # the app's task_cls, or base=, may have one (Flask's does)

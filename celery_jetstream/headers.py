@@ -11,10 +11,13 @@ from collections.abc import Iterator, Mapping
 
 from .exceptions import EventError, kind_of, shown
 
-__all__ = ("CONTROL", "Headers", "validate_headers", "wire_size")
+__all__ = ("CONTROL", "TRACE_CONTEXT", "Headers", "validate_headers", "wire_size")
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 """What a header's value must not have: CR and LF would start another header."""
+
+TRACE_CONTEXT = ("traceparent", "tracestate", "baggage")
+"""The headers that carry a trace (W3C)."""
 
 _NAME = re.compile(r"[!-9;-~]+")
 

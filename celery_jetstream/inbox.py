@@ -22,6 +22,7 @@ from sqlalchemy import Connection, Engine, event, exc
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.orm import Session
 
+from . import signals
 from .config import Config
 from .database import Database, Engines, is_autocommit, is_away, is_conflict, mapped_table
 from .exceptions import ConfigurationError, InboxError, InboxUnavailableError
@@ -210,10 +211,16 @@ class Inbox(InboxAdmin):
             raise InboxUnavailableError(str(error)) from error
 
     def _refused(self, entry: Entry, answer: Answer) -> Ack | Nak:
+        who, fields = (entry.event_id, entry.handler), entry.log_fields
         if answer.verdict is Verdict.PROCESSED:
-            logger.info("event %s was handled by %s before", entry.event_id, entry.handler)
+            fields["outcome"] = "ack"
+            logger.info("event %s was handled by %s before", *who, extra=fields)
+            signals.duplicate_skipped.send(
+                sender=self, event_id=who[0], handler=who[1], delivery=entry.delivery
+            )
             return Ack()
-        logger.info("event %s is being handled by %s elsewhere", entry.event_id, entry.handler)
+        fields["outcome"] = "nak"
+        logger.info("event %s is being handled by %s elsewhere", *who, extra=fields)
         return Nak(self._config.ack_wait)
 
     def _pass_over(self, entry: Entry) -> None:

@@ -65,6 +65,7 @@ class Leases:
             thread.join(timeout)
 
     def _run(self) -> None:
+        told = False
         while True:
             with self._changed:
                 self._changed.wait(self._interval)
@@ -74,8 +75,11 @@ class Leases:
                     return
             try:
                 self._renew(owners)
+                told = False
             except CeleryJetStreamError as error:
-                logger.warning("leases of the inbox could not be renewed: %s", error)
+                level = logging.DEBUG if told else logging.WARNING  # once for an outage
+                logger.log(level, "leases of the inbox could not be renewed: %s", error)
+                told = True
             except Exception:
                 logger.exception("leases of the inbox could not be renewed")
 

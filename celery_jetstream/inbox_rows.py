@@ -86,6 +86,12 @@ class Entry:
         object.__setattr__(self, "owner", handed + secrets.token_hex(PREFIX // 2))
 
     @property
+    def log_fields(self) -> dict[str, Any]:
+        """What a line about it has in its ``extra``."""
+        known = {"event_id": self.event_id, "event_type": self.event_type, "handler": self.handler}
+        return self.delivery.log_fields | known
+
+    @property
     def lock(self) -> int:
         """A number for the event and the handler, of 64 bits with a sign."""
         named = f"{self.event_id}\0{self.handler}".encode()

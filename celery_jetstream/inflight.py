@@ -56,6 +56,22 @@ class Flight:
     expires: bool = True
     unended: int = 0
 
+    @property
+    def handler(self) -> str:
+        """The handler's name; "" while there is none."""
+        return "" if self.task is None else str(self.task.name)
+
+    @property
+    def log_fields(self) -> dict[str, Any]:
+        """What a line about it has in its ``extra``."""
+        envelope = self.envelope if isinstance(self.envelope, dict) else {}
+        return self.delivery.log_fields | {
+            "event_id": self.event_id or None,
+            "event_type": envelope.get("event_type"),
+            "subject": self.subject,
+            "handler": self.handler or None,
+        }
+
     def identify(self, find: Callable[[str], Any]) -> DeadLetter | None:
         """Reads the event and finds its handler.
 

@@ -184,7 +184,8 @@ class Replay:
         return message
 
     def _refuse(self, event_id: str, error: str | None) -> None:
-        logger.error("event %s of the outbox cannot be replayed: %s", event_id, error)
+        fields = {"event_id": event_id}
+        logger.error("event %s of the outbox cannot be replayed: %s", event_id, error, extra=fields)
         self._count(refused=1)
 
     def _count(self, sent: int = 0, refused: int = 0) -> None:

@@ -107,6 +107,12 @@ class Message:
     headers: dict[str, str]
     event: Event | None = None
 
+    @property
+    def log_fields(self) -> dict[str, Any]:
+        """What a line about it has in its ``extra``."""
+        event_type = None if self.event is None else self.event.event_type
+        return {"event_id": self.event_id, "event_type": event_type, "subject": self.subject}
+
 
 @dataclass(frozen=True)
 class PublishResult:

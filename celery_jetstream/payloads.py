@@ -127,7 +127,7 @@ def _read(hint: Any, value: Any, path: str, faults: Faults) -> Any:
     try:
         return _convert(hint, value, path, faults)
     except _Misfit as misfit:
-        faults.append((path, f"must be {misfit}, and is {_told(value)}"))
+        faults.append((path, f"must be {misfit}, and is {kind_of(value)}"))  # logged: no value
         return None
 
 
@@ -246,10 +246,6 @@ def _fields(hint: Any) -> tuple[tuple[str, Any, bool], ...]:
         for f in dataclasses.fields(hint)
         if f.init
     )
-
-
-def _told(value: Any) -> str:
-    return f"{kind_of(value)} {shown(value)}" if value is not None else "null"
 
 
 def _name(hint: Any) -> str:

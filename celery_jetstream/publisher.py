@@ -15,7 +15,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from . import events, subjects
+from . import events, signals, subjects
 from .capabilities import ATOMIC_BATCHES, has
 from .config import Config
 from .connection import Connection
@@ -85,7 +85,13 @@ class Publisher:
             subject = subjects.publish_subject(config.app_name, destination)
         else:
             subject = self._subject
-        wire_headers = {**validate_headers(headers), "Nats-Msg-Id": event.event_id}
+        wire_headers = validate_headers(headers)
+        if signals.event_built.receivers:
+            signals.event_built.send(
+                sender=self, event=event, subject=subject, headers=wire_headers
+            )
+            wire_headers = validate_headers(wire_headers)
+        wire_headers["Nats-Msg-Id"] = event.event_id
         body = events.encode(event)
         size = wire_size(body, wire_headers)
         limit = config.payload_limit - config.max_payload + self._connection.max_payload

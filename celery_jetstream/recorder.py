@@ -100,7 +100,12 @@ class Recorder:
 
     def damaged(self, row: Any, error: str, counts: Counts) -> None:
         """Gives up a row that cannot be read; it stays, with the traceback."""
-        logger.error("event %s of the outbox cannot be read: %s", row.event_id, error)
+        logger.error(
+            "event %s of the outbox cannot be read: %s",
+            row.event_id,
+            error,
+            extra=_fields(row, "exception"),
+        )
         fates = [(row, Fate(row.id, error, "exception"))]
         self._database.transaction(lambda connection: self._write(connection, fates))
         counts.exceptions += 1
@@ -173,15 +178,20 @@ def _own_fault(result: PublishResult, missing_for: dict[str, float]) -> bool:
 
 def _say(fates: Sequence[tuple[Any, Fate]]) -> None:
     """One line for all that failed for one reason."""
-    reasons: dict[tuple[str, str], list[str]] = {}
+    reasons: dict[tuple[str, str], list[Any]] = {}
     for row, fate in fates:
-        reasons.setdefault((fate.status, fate.error), []).append(row.event_id)
-    for (status, error), ids in reasons.items():
-        which = f"event {ids[0]}" + (f" and {len(ids) - 1} more" if len(ids) > 1 else "")
+        reasons.setdefault((fate.status, fate.error), []).append(row)
+    for (status, error), (first, *more) in reasons.items():
+        which = f"event {first.event_id}" + (f" and {len(more)} more" if more else "")
+        fields = _fields(first, status)
         if status == "pending":
-            logger.warning("%s of the outbox: tried again later: %s", which, error)
+            logger.warning("%s of the outbox: tried again later: %s", which, error, extra=fields)
         else:
-            logger.error("%s of the outbox: given up (%s): %s", which, status, error)
+            logger.error("%s of the outbox: given up (%s): %s", which, status, error, extra=fields)
+
+
+def _fields(row: Any, outcome: str) -> dict[str, Any]:
+    return {"event_id": row.event_id, "subject": row.subject, "outcome": outcome}
 
 
 def _count(counts: Counts, fate: Fate) -> None:

@@ -34,7 +34,7 @@ from .acks import keep_in_progress
 from .connection import Connection
 from .delivery import Delivery
 from .exceptions import NotConnectedError
-from .settlement import Ack, End, Policy, decide
+from .settlement import End, Policy, decide
 from .settler import Settler
 from .threads import native_lock
 
@@ -265,7 +265,15 @@ def _say_expired(request: JetStreamRequest, late: float) -> None:
         "workers; else this worker's clock is ahead of the bridge's",
         request.id,
         late,
+        extra=_fields(request),
     )
+
+
+def _fields(request: JetStreamRequest) -> dict[str, Any]:
+    """What a line about a copy has in its ``extra``."""
+    header, delivery = request._header, request.delivery
+    known = {name: header.get(name) for name in (handlers.EVENT_ID, handlers.EVENT_TYPE)}
+    return known | {"handler": request.name} | (delivery.log_fields if delivery else {})
 
 
 class Keeper:
@@ -313,7 +321,7 @@ class Keeper:
         since = time.monotonic() - CHILD_ACKS_WITHIN
         for when, child, delivery in list(self._returned):  # another thread may append to it
             if child == pid and when > since and delivery is not None:
-                self._settler.settle(delivery, Ack())
+                self._settler.ack_again(delivery)
 
     def held(self) -> list[JetStreamRequest]:
         """The requests of all messages that this worker holds now. Any thread."""
@@ -360,6 +368,7 @@ class Keeper:
             "again. Give the handler a time_limit, or raise jetstream_max_hold",
             request.id,
             held,
+            extra=_fields(request),
         )
         return True
 
@@ -385,7 +394,10 @@ def hand_back_unreadable(sender: Any = None, message: Any = None, **_: Any) -> N
     jetstream = getattr(sender.app, "jetstream", None)
     if delivery is None or jetstream is None:
         return
-    logger.error("copy %s is handed back: this worker cannot run it", delivery.task_id)
+    fields = delivery.log_fields | {"outcome": "nak"}
+    logger.error(
+        "copy %s is handed back: this worker cannot run it", delivery.task_id, extra=fields
+    )
     policy = Policy(backoff=jetstream.config.backoff)
     settlement = decide(End.UNKNOWN_TASK, policy, delivery.num_delivered)
     jetstream.settler.settle(delivery, settlement)

@@ -80,7 +80,7 @@ class Failure:
 class Rows:
     """The statements over one outbox. Each is given the connection that it runs on."""
 
-    def __init__(self, tables: Tables) -> None:
+    def __init__(self, tables: Tables, *, with_age: bool = False) -> None:
         self.table = tables.outbox
         self.holds_table = tables.holds
         columns = tables.outbox.c
@@ -103,7 +103,14 @@ class Rows:
             columns.on_failure,
             columns.headers,
             columns.body,
+            *(self._age() if with_age else ()),
         )
+
+    def _age(self) -> tuple[Any, ...]:
+        """When a row was written, unless it was to go later; and the time, by the same clock."""
+        columns = self.table.c
+        at_once = case((columns.due_at <= AT_ONCE, columns.created_at))
+        return at_once.label("written_at"), db_now().label("read_at")
 
     # -- writing ---------------------------------------------------------------------------------
 

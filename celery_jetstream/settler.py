@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import Future
+from typing import Any
 
 from . import deadletter, signals
 from .acks import Acks, keep_in_progress
@@ -46,7 +47,11 @@ class Settler:
         self._lock = threading.Lock()
 
     def settle(
-        self, delivery: Delivery, settlement: Settlement, original: Original | None = None
+        self,
+        delivery: Delivery,
+        settlement: Settlement,
+        original: Original | None = None,
+        handler: str = "",
     ) -> None:
         """Settles a delivery; any thread.
 
@@ -55,14 +60,21 @@ class Settler:
             settlement: what to do.
             original: the message as it came, where it is at hand; else it is read from the
                 stream when a dead letter needs it.
+            handler: the task's name; "" where there is none.
         """
-        signals.message_settled.send(sender=self, delivery=delivery, settlement=settlement)
+        signals.message_settled.send(
+            sender=self, delivery=delivery, settlement=settlement, handler=handler
+        )
         if isinstance(settlement, Ack):
             self._acks.ack(delivery.reply)
         elif isinstance(settlement, Nak):
             self._acks.nak(delivery.reply, settlement.delay, settlement.pause)
         else:
-            self._bury_soon(delivery, settlement, original)
+            self._bury_soon(delivery, settlement, original, handler)
+
+    def ack_again(self, delivery: Delivery) -> None:
+        """Acks what was settled so before, where that may not have been sent; any thread."""
+        self._acks.ack(delivery.reply)
 
     def drain(self, timeout: float) -> int:
         """Waits for the confirmations, ``timeout`` seconds at most; returns how many are missing.
@@ -89,35 +101,47 @@ class Settler:
         since = time.monotonic() - TOO_BIG_DELAY
         return sum(when > since for when in list(self._too_big))
 
-    def _bury_soon(self, delivery: Delivery, end: DeadLetter, original: Original | None) -> None:
-        future = self._connection.submit(self._bury, delivery, end, original)
+    def _bury_soon(
+        self, delivery: Delivery, end: DeadLetter, original: Original | None, handler: str
+    ) -> None:
+        future = self._connection.submit(self._bury, delivery, end, original, handler)
         with self._lock:
             self._burials.add(future)
         future.add_done_callback(self._burials.discard)
 
-    async def _bury(self, delivery: Delivery, end: DeadLetter, original: Original | None) -> None:
+    async def _bury(
+        self, delivery: Delivery, end: DeadLetter, original: Original | None, handler: str
+    ) -> None:
         """Publish, then terminate the original; or have it come again."""
         try:
             if not self._config.use_dlq:
-                self._discard(delivery, end)
+                self._discard(delivery, end, handler)
                 return
             original = original or await self._read(delivery)
             if original is None:
-                logger.warning("no dead letter: message %s is gone", delivery.task_id)
+                logger.warning(
+                    "no dead letter: message %s is gone",
+                    delivery.task_id,
+                    extra=_fields(delivery, end, handler),
+                )
                 self._acks.ack(delivery.reply)
                 return
-            await self._publish(delivery, end, original)
+            await self._publish(delivery, end, original, handler)
         except Exception as error:
             if not isinstance(error, NotConnectedError):
-                logger.exception("dead letter failed")
-            self._again(delivery, end, str(error))
+                fields = _fields(delivery, end, handler)
+                logger.exception("dead letter of %s failed", delivery.task_id, extra=fields)
+            self._again(delivery, end, str(error), handler)
 
     async def _read(self, delivery: Delivery) -> Original | None:
         session = await self._connection.session(timeout=self._config.ack_wait)
         await keep_in_progress(session, [delivery.reply])
         return await deadletter.fetch_original(session, delivery)
 
-    async def _publish(self, delivery: Delivery, end: DeadLetter, original: Original) -> None:
+    async def _publish(
+        self, delivery: Delivery, end: DeadLetter, original: Original, handler: str
+    ) -> None:
+        fields = _fields(delivery, end, handler, original)
         built = deadletter.build(original, delivery, end, self._connection.max_payload)
         if built is None:
             self._too_big.append(time.monotonic())
@@ -126,6 +150,7 @@ class Settler:
                 "stays in the stream and is tried again in %d s",
                 delivery.task_id,
                 TOO_BIG_DELAY,
+                extra=fields,
             )
             self._acks.nak(delivery.reply, TOO_BIG_DELAY)
             return
@@ -141,13 +166,13 @@ class Settler:
             end.reason,
             end.error_class,
             end.error_message,
-            extra={"reason": end.reason, "stream_sequence": delivery.sequence},
+            extra=fields,
         )
         signals.message_dead_lettered.send(
-            sender=self, delivery=delivery, reason=end.reason, headers=headers
+            sender=self, delivery=delivery, reason=end.reason, headers=headers, handler=handler
         )
 
-    def _again(self, delivery: Delivery, end: DeadLetter, error: str) -> None:
+    def _again(self, delivery: Delivery, end: DeadLetter, error: str, handler: str) -> None:
         delay = self._config.backoff[min(delivery.num_delivered, len(self._config.backoff)) - 1]
         logger.error(
             "dead letter of %s (%s) could not be published (%s); it comes again in %g s",
@@ -155,15 +180,27 @@ class Settler:
             end.reason,
             error,
             delay,
+            extra=_fields(delivery, end, handler),
         )
         self._acks.nak(delivery.reply, delay)
 
-    def _discard(self, delivery: Delivery, end: DeadLetter) -> None:
+    def _discard(self, delivery: Delivery, end: DeadLetter, handler: str) -> None:
         logger.error(
             "message %s is given up and destroyed (%s): %s: %s (jetstream_use_dlq is off)",
             delivery.task_id,
             end.reason,
             end.error_class,
             end.error_message,
+            extra=_fields(delivery, end, handler),
         )
         self._acks.term(delivery.reply)
+
+
+def _fields(
+    delivery: Delivery, end: DeadLetter, handler: str, original: Original | None = None
+) -> dict[str, Any]:
+    """What a line about a dead letter has in its ``extra``."""
+    known = {"event_id": delivery.headers.get("Nats-Msg-Id"), "handler": handler or None}
+    if original is not None:
+        known["subject"] = original.subject
+    return delivery.log_fields | known | {"outcome": "dead_letter", "reason": end.reason}

@@ -87,8 +87,9 @@ def flush_outbox(self: Any, max_seconds: float | None = None) -> dict[str, Any]:
     try:
         result = jetstream.outbox.drain(max_seconds or jetstream.config.outbox_max_seconds)
     except OutboxUnavailableError as error:
-        logger.warning("the outbox was not flushed: %s", error)
+        _say_away("the outbox was not flushed: %s", error)
         return {"outage": str(error)}
+    _say_back("the outbox is flushed again")
     return dict(result.as_dict())
 
 
@@ -195,6 +196,23 @@ def _letters(chosen: Mapping[str, Any], everything: bool) -> DeadLetterFilter:
     return EVERY_LETTER if everything else found
 
 
+_away = False
+
+
+def _say_away(text: str, error: Exception) -> None:
+    """Once for an outage: this comes every few seconds."""
+    global _away
+    logger.log(logging.DEBUG if _away else logging.WARNING, text, error)
+    _away = True
+
+
+def _say_back(text: str) -> None:
+    global _away
+    if _away:
+        logger.warning(text)
+    _away = False
+
+
 def publish_on(
     signal: Any,
     *,
@@ -231,7 +249,8 @@ def publish_on(
             body = payload(sender=sender, **arguments) if payload else _plain(arguments)
             _publish(immediate, event_type=event_type, payload=body, **event)
         except Exception:
-            logger.exception("event %s of a signal was not published", event_type)
+            fields = {"event_type": event_type}
+            logger.exception("event %s of a signal was not published", event_type, extra=fields)
 
     wanted = sender
     signal.connect(receiver, weak=False)

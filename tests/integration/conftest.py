@@ -14,6 +14,9 @@ from celery_jetstream.connection import Connection
 from tests.burials import Desk
 from tests.conftest import Names
 from tests.servers import NatsServer, need
+from tests.watching import watched
+
+__all__ = ("watched",)
 
 
 @pytest.fixture

@@ -232,8 +232,8 @@ def test_a_payload_that_does_not_fit_is_a_dead_letter_with_the_paths(desk: Stack
     assert letter["reason"] == "invalid_payload"
     assert letter["context"]["error_class"] == "PayloadError"
     assert letter["context"]["error_message"] == (
-        "payload.amount: must be a number, and is str '2'; "
-        "payload.unit: must be one of 'kg', 'lb', and is str 'stone'"
+        "payload.amount: must be a number, and is str; "
+        "payload.unit: must be one of 'kg', 'lb', and is str"
     )
     assert letter["context"]["deliveries"] == 1
 

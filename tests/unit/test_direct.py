@@ -98,7 +98,9 @@ class Desk:
             check=lambda: Handlers([app.tasks["tests.taken"]]),
             ensure_topology=None,
             connection=SimpleNamespace(call_soon=lambda _: self._ask()),
-            settler=SimpleNamespace(settle=lambda _, settlement: self.settled.append(settlement)),
+            settler=SimpleNamespace(
+                settle=lambda _, settlement, **__: self.settled.append(settlement)
+            ),
             keeper=SimpleNamespace(held=list),
         )
         consumer = SimpleNamespace(

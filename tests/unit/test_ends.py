@@ -53,7 +53,7 @@ def settled(
     app = Celery("ends", broker="memory://", set_as_current=False)
     app.jetstream = SimpleNamespace(
         inbox=inbox,
-        settler=SimpleNamespace(settle=lambda _, settlement: found.append(settlement)),
+        settler=SimpleNamespace(settle=lambda _, settlement, **__: found.append(settlement)),
         config=SimpleNamespace(ack_wait=30.0),
     )
 

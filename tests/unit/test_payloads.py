@@ -143,7 +143,7 @@ def test_every_type_that_json_has_not() -> None:
     )
     faults = errors(Everything, dict.fromkeys(value, "odd"))
     assert faults.keys() == {f"payload.{name}" for name in value} - {"payload.anything"}
-    assert faults["payload.colour"] == "must be one of 'red', 1, and is str 'odd'"
+    assert faults["payload.colour"] == "must be one of 'red', 1, and is str"
     assert errors(Everything, {**value, "pair": [1]})["payload.pair"].startswith(
         "must be a list of 2"
     )
@@ -162,13 +162,13 @@ def test_each_fault_has_its_path() -> None:
         },
     )
     assert faults == {
-        "payload.id": "must be a whole number, and is str '7'",
+        "payload.id": "must be a whole number, and is str",
         "payload.name": "is missing",
-        "payload.address.zip": "must be text, and is int 5",
+        "payload.address.zip": "must be text, and is int",
         "payload.address.lines[1]": "must be text, and is null",
-        "payload.score": "must be a number, and is bool True",
-        "payload.others.x": "must be an object, and is list []",
-        "payload.parent": "must be User or null, and is int 1",
+        "payload.score": "must be a number, and is bool",
+        "payload.others.x": "must be an object, and is list",
+        "payload.parent": "must be User or null, and is int",
     }
 
 

@@ -36,7 +36,7 @@ class Bench:
             keeper=SimpleNamespace(
                 hold=lambda _: None, begun=lambda _: None, child_lost=lambda _: None
             ),
-            settler=SimpleNamespace(settle=lambda _, settlement: self.did.append(settlement)),
+            settler=SimpleNamespace(settle=lambda _, settlement, **__: self.did.append(settlement)),
             config=SimpleNamespace(
                 backoff=(1.0,),
                 max_deliver=5,
@@ -125,7 +125,7 @@ def test_what_a_child_has_is_not_handed_back_though_the_pool_forgot_it() -> None
 def test_a_child_is_lost_while_others_return() -> None:
     """In a pool with threads another one notes what returns; it once cost a settlement."""
     acked: list[object] = []
-    settler: Any = SimpleNamespace(settle=lambda delivery, _: acked.append(delivery))
+    settler: Any = SimpleNamespace(ack_again=acked.append)
     connection: Any = SimpleNamespace(config=None)
     keeper = Keeper(connection, settler, claimant="bench")
 
@@ -135,7 +135,7 @@ def test_a_child_is_lost_while_others_return() -> None:
 
     for _ in range(100):
         returned(1)
-    settler.settle = lambda delivery, _: (acked.append(delivery), returned(2))
+    settler.ack_again = lambda delivery: (acked.append(delivery), returned(2))
     keeper.child_lost(1)
     assert len(acked) == 100
 
