@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 
 from celery.signals import worker_ready
 
+from . import metrics
 from .exceptions import ConfigurationError
 from .threads import in_native_thread, start_native_thread, wait
 
@@ -212,11 +212,9 @@ class _Server:
 
     def _metrics(self) -> _Answer:
         try:
-            metrics = importlib.import_module("celery_jetstream.metrics")
             content_type, body = metrics.exposition(self._jetstream)
-        except ImportError as error:
-            text = f'metrics need: pip install "celery-jetstream[prometheus]" ({error})\n'
-            return _Answer(HTTPStatus.NOT_IMPLEMENTED, text.encode())
+        except ConfigurationError as error:
+            return _Answer(HTTPStatus.NOT_IMPLEMENTED, f"{error}\n".encode())
         return _Answer(HTTPStatus.OK, body, content_type)
 
 

@@ -95,6 +95,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
             broker.url,
             names,
             jetstream_http_address=0,
+            jetstream_metrics=True,
             jetstream_ack_wait=0.6,
             jetstream_max_ack_pending=8,
         )
@@ -114,7 +115,8 @@ def test_a_bridge_that_is_well_says_so(site: Site) -> None:
     assert report["process"]["pid"] == site.bridge.pid
     assert report["bridge"]["pulling"] is True
     assert site.get("/status?pretty", "HEAD") == (200, "")
-    assert site.get("/metrics")[0] in (200, 501)
+    status, metrics = site.get("/metrics")
+    assert (status, 'collector_up{collector="nats"} 1.0' in metrics) == (200, True), metrics
     assert keys_of(report) <= DOCUMENTED, keys_of(report) - DOCUMENTED
 
 
