@@ -20,6 +20,7 @@ from celery.bin.base import (
 from celery.bin.worker import worker as celery_worker
 from kombu.utils.compat import detect_environment
 
+from .cli_doctor import doctor
 from .cli_inbox import inbox
 from .cli_outbox import outbox
 from .cli_status import status
@@ -234,6 +235,7 @@ def _handler(app: Any, task: Any) -> dict[str, Any]:
     }
 
 
+jetstream.add_command(doctor)
 jetstream.add_command(inbox)
 jetstream.add_command(outbox)
 jetstream.add_command(status)

@@ -23,6 +23,7 @@ from .config import Config
 from .connection import Connection
 from .consumers import consumer_specs, stream_spec
 from .direct import Direct
+from .doctor import Report, examine
 from .events import Event
 from .exceptions import ConfigurationError, EventError, NotConnectedError
 from .handlers import Handlers
@@ -179,6 +180,17 @@ class JetStream:
             ConfigurationError: the settings are wrong.
         """
         return self.connection.run(self._status, timeout)
+
+    def doctor(self, timeout: float = 10.0, monitor: str = "") -> Report:
+        """Looks for what works today and costs days later; changes nothing, raises for no server.
+
+        See ``errors``, ``warnings`` and ``findings`` (docs/reference/doctor.md).
+
+        Args:
+            timeout: seconds for all of it.
+            monitor: the nats-servers' monitoring ports, as ``http://nats:8222``, with commas.
+        """
+        return examine(self, timeout, monitor)
 
     async def _status(self, timeout: float) -> dict[str, Any]:
         ends = time.monotonic() + timeout
