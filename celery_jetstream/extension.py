@@ -23,7 +23,6 @@ from .config import Config
 from .connection import Connection
 from .consumers import consumer_specs, stream_spec
 from .direct import Direct
-from .doctor import Report, examine
 from .events import Event
 from .exceptions import ConfigurationError, EventError, NotConnectedError
 from .handlers import Handlers
@@ -35,6 +34,7 @@ from .settler import Settler
 
 if TYPE_CHECKING:
     from .aside import Aside
+    from .doctor import Report
     from .inbox import Inbox
     from .outbox import Outbox
 
@@ -190,6 +190,8 @@ class JetStream:
             timeout: seconds for all of it.
             monitor: the nats-servers' monitoring ports, as ``http://nats:8222``, with commas.
         """
+        from .doctor import examine
+
         return examine(self, timeout, monitor)
 
     async def _status(self, timeout: float) -> dict[str, Any]:

@@ -42,10 +42,8 @@ def look(jetstream: Any, uses_inbox: bool, found: dict[str, Any]) -> None:
 def _box(box: Any, needed: bool) -> dict[str, Any]:
     """As its ``status``; not ``used`` where it is not asked for, and none of it is there."""
     status = dict(box.status())
-    missing = sum(
-        "is missing" in fault and fault.startswith("table") for fault in status["differences"]
-    )
-    status["used"] = needed or missing < len(box.database.tables)
+    missing = [fault for fault in status["differences"] if fault.startswith("table ")]
+    status["used"] = needed or len(missing) < sum(1 for _ in box.database.tables)
     return status
 
 
