@@ -185,7 +185,6 @@ def test_it_finds_what_is_ill_and_changes_none_of_it(
         "ack-wait": "the server's ack_wait is 5 s, jetstream_ack_wait 30 s",
         "consumer-settings": "after 5 deliveries",
         "takers": "1 messages wait, and nobody asks",
-        "handlers": "knows no handler",
         "always-eager": "task_always_eager",
         "workers": "no worker answered",
         "schema": "column jetstream_outbox.transaction_id is missing",
