@@ -15,6 +15,8 @@ __all__ = ("CHECKS",)
 SHORT_ACK_WAIT, LONG_ACK_WAIT = 5.0, 600.0
 #: Of an account's room, how much may be taken before that is said.
 FULL = 0.8
+#: Seconds.
+LAST_DAY, LAST_WEEKS = 86400.0, 14 * 86400.0
 PROVISION = "run 'celery -A … jetstream provision'"
 
 
@@ -54,6 +56,19 @@ def permissions(facts: Facts) -> Iterator[Result]:
         )
     if not denied:
         yield ok(f"{len(tried)} operations tried, none refused")
+
+
+@check("expiry", "From that moment on no process gets in that connects anew.")
+def expiry(facts: Facts) -> Iterator[Result]:
+    expiries = known(facts.server).expiries
+    for what, left in expiries.items():
+        shown, remedy = f"{what} expires in {span(left)}", "renew it, and have its renewal watched"
+        if left < LAST_DAY:
+            yield error(shown, remedy)
+        else:
+            yield warning(shown, remedy) if left < LAST_WEEKS else ok(shown)
+    if not expiries:
+        yield ok("nothing that we are let in by expires, as far as we see")
 
 
 @check(
@@ -190,6 +205,7 @@ def takers(facts: Facts) -> Iterator[Result]:
 CHECKS: tuple[Check, ...] = (
     server_version,
     permissions,
+    expiry,
     payload_limit,
     account_room,
     ack_wait,

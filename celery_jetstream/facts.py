@@ -93,12 +93,21 @@ class WorkerFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerFacts:
-    """The nats-server that we are connected to; ``max_payload`` in bytes."""
+    """The nats-server that we are connected to.
+
+    Attributes:
+        name: its name.
+        version: such as ``2.15.1``.
+        cluster: its cluster's name; "" where it is in none.
+        max_payload: bytes.
+        expiries: what lets us in, and how many seconds it will yet do so.
+    """
 
     name: str
     version: str
     cluster: str
     max_payload: int
+    expiries: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

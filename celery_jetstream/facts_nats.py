@@ -14,6 +14,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
+from ssl import cert_time_to_seconds
 from typing import Any
 
 from nats.aio.msg import Msg
@@ -46,6 +47,7 @@ async def look(connection: Any, config: Config, jetstream: Any, found: dict[str,
         version=session.server_version,
         cluster=session.cluster_name,
         max_payload=session.client.max_payload,
+        expiries=dict(_expiries(session)),
     )
     found["account"] = await _api(session, "INFO")
     before = time.time()
@@ -58,6 +60,16 @@ async def look(connection: Any, config: Config, jetstream: Any, found: dict[str,
     }
     found["plan"] = await _plan(session, config, specs)
     found["permissions"] = tuple([one async for one in _permissions(session, config, specs)])
+
+
+def _expiries(session: Session) -> Iterator[tuple[str, float]]:
+    now, client = time.time(), session.client
+    if client.expires is not None:
+        yield "the user's JWT", client.expires - now
+    tls = client._socket_info("ssl_object")
+    certificate = tls.getpeercert() if tls is not None else None  # empty where it is not verified
+    if certificate and "notAfter" in certificate:
+        yield "the server's certificate", cert_time_to_seconds(certificate["notAfter"]) - now
 
 
 async def _api(session: Session, operation: str) -> dict[str, Any] | Unknown:

@@ -153,6 +153,8 @@ FIRES: list[tuple[str, str, dict[str, Any], str]] = [
     ("server-version", "error", server(version=""), "no known version"),
     ("server-version", "error", server(version="2.11.0") | config(outbox_atomic=True), "atomic"),
     ("permissions", "error", {"permissions": (DENIED,)}, "publish $JS.ACK.s: denied"),
+    ("expiry", "error", server(expiries={"the user's JWT": 3600.0}), "JWT expires in 60 min"),
+    ("expiry", "warning", server(expiries={"the certificate": 86400.0 * 5}), "expires in 5 d"),
     ("payload-limit", "warning", server(max_payload=65536), "set jetstream_max_payload to 65536"),
     ("payload-limit", "warning", stream(max_msg_size=1000), "max_msg_size is 1000 bytes"),
     ("account-room", "warning", {"account": {"storage": 80, "limits": {"max_storage": 100}}}, "80"),
@@ -305,6 +307,7 @@ def test_with_every_fact_unknown_nothing_fires() -> None:
 @pytest.mark.parametrize(
     ("code", "changes", "text"),
     [
+        ("expiry", server(expiries={"the certificate": 86400.0 * 80}), "expires in 80 d"),
         # a worker of direct mode consumes no queue, and needs none
         ("handler-queues", worker(queues=()), "take the messages themselves"),
         ("handler-queues", worker(queues=("celery",)) | config(direct=True), "themselves"),
