@@ -40,7 +40,7 @@ INIT = "run 'celery -A … jetstream {} init', or your migrations; each line say
 def schema(facts: Facts) -> Iterator[Result]:
     for name, box in (("outbox", facts.outbox), ("inbox", facts.inbox)):
         if isinstance(box, Unknown):
-            yield skipped(f"{name}: {box}")
+            yield skipped(str(box))
             continue
         faults = box["differences"]
         if faults and not box["used"]:
@@ -205,7 +205,7 @@ def old_transactions(facts: Facts) -> Iterator[Result]:
 def clock_skew(facts: Facts) -> Iterator[Result]:
     for name, clock in facts.clocks.items():
         if isinstance(clock, Unknown):
-            yield skipped(f"{name}: {clock}")
+            yield skipped(str(clock))
             continue
         yield _skew(name, clock)
 

@@ -50,10 +50,7 @@ def permissions(facts: Facts) -> Iterator[Result]:
     tried = known(facts.permissions)
     denied = [one for one in tried if one.error is not None]
     for one in denied:
-        yield error(
-            f"{one.what}: {one.subject}: {one.error}",
-            "have an administrator allow it to the NATS user, publish or subscribe as it says",
-        )
+        yield error(f"{one.error}: {one.what}", "have an administrator of NATS allow it")
     if not denied:
         yield ok(f"{len(tried)} operations tried, none refused")
 

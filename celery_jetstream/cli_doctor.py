@@ -64,11 +64,21 @@ def doctor(
 def _lines(report: Any) -> Iterator[str]:
     said: set[tuple[str, str]] = set()
     for severity in SEVERITIES:
-        for finding in report.of(severity):
+        for codes, finding in _together(report.of(severity)):
             sign = click.style(f"{severity:8}", fg=COLOURS[severity])
-            yield f"{sign} {finding.code:18} {finding.found}"
+            yield f"{sign} {codes:18} {finding.found}"
             for word, text in (("why", finding.why), ("do", finding.remedy)):
                 if text and (finding.code, text) not in said:  # once, for several of a kind
                     said.add((finding.code, text))
                     yield f"{'':27} {word + ':':4} {text}"
     yield ", ".join(f"{len(report.of(s))} {COUNTED[s]}" for s in reversed(SEVERITIES))
+
+
+def _together(findings: list[Any]) -> Iterator[tuple[str, Any]]:
+    """Each finding and its code; those skipped for one reason in one line."""
+    alike: dict[str, list[Any]] = {}
+    for finding in findings:
+        key = finding.found if finding.severity == "skipped" else f"{len(alike)}"
+        alike.setdefault(key, []).append(finding)
+    for group in alike.values():
+        yield ", ".join(dict.fromkeys(finding.code for finding in group)), group[0]

@@ -115,7 +115,6 @@ class Permission:
     """One operation that was tried; ``error`` is None where it may be done."""
 
     what: str
-    subject: str
     error: str | None = None
 
 
@@ -216,9 +215,9 @@ class Facts:
         return seconds_of(self.made.get("duplicate_window"))
 
     @property
-    def bridged(self) -> bool:
-        """Whether handlers need workers that consume their queues: no worker takes messages."""
-        return not self.config.direct and any(not w.is_direct for w in known(self.workers))
+    def taken_directly(self) -> bool:
+        """Whether workers take the messages themselves, so that no queue need be read for them."""
+        return self.config.direct or any(worker.is_direct for worker in known(self.workers))
 
 
 # -- what is said ----------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def _box(box: Any, needed: bool) -> dict[str, Any]:
 
 def _clock(connection: Connection) -> Clock | Unknown:
     if connection.dialect.name == "sqlite":
-        return Unknown("SQLite has this host's")
+        return Unknown("SQLite has this host's clock")
     connection.scalar(select(db_now()))  # the first has a connection to make
     before = time.time()
     moment = connection.scalars(select(db_now())).one().timestamp()

@@ -12,7 +12,7 @@ import json
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from datetime import datetime, timezone
 from ssl import cert_time_to_seconds
 from typing import Any
@@ -124,37 +124,40 @@ async def _ask(
     ends = time.monotonic() + ANSWER
     while not answer.done() and time.monotonic() < ends:
         await asyncio.wait([answer], timeout=GLANCE)
-        if not answer.done() and (denial := _denial(session, subject)):
+        if not answer.done() and _is_denied(session, subject):
             answer.cancel()
-            raise Unknown(denial)
+            raise Unknown(f"the NATS user may not publish {subject}")
     if answer.done():
         return await answer
     answer.cancel()
     raise Unknown(f"no answer from {subject} in {ANSWER:g} s")
 
 
-def _denial(session: Session, subject: str) -> str:
-    """What the server said last, where it is that we may not do that."""
+def _is_denied(session: Session, subject: str) -> bool:
+    """Whether the last thing that the server complained of is that we may not do this."""
     said = str(session.error or "").lower()
-    return said if "permissions violation" in said and f'"{subject.lower()}"' in said else ""
+    return "permissions violation" in said and f'"{subject.lower()}"' in said
 
 
-async def _permissions(session: Session, config: Config, specs: Any) -> Any:
+async def _permissions(
+    session: Session, config: Config, specs: tuple[ConsumerSpec, ...]
+) -> AsyncIterator[Permission]:
     for what, subject, body, headers in _operations(config, specs):
+        refused = None
         try:
             await _ask(session, subject, body, headers)
         except Unknown as unknown:
-            yield Permission(what=what, subject=f"publish {subject}", error=str(unknown))
+            refused = str(unknown)
         except NoResponders:  # no stream, or no consumer: said elsewhere
-            yield Permission(what=what, subject=f"publish {subject}")
-        else:
-            yield Permission(what=what, subject=f"publish {subject}")
+            pass
+        yield Permission(what=what, error=refused)
     for what, subject in _subscriptions(config, specs):
         subscription = await session.subscribe(subject, lambda _: None)
         await session.round_trip(ANSWER)
-        denial = _denial(session, subject)
+        denied = _is_denied(session, subject)
         await session.unsubscribe(subscription)
-        yield Permission(what=what, subject=f"subscribe {subject}", error=denial or None)
+        refused = f"the NATS user may not subscribe to {subject}" if denied else None
+        yield Permission(what=what, error=refused)
 
 
 def _operations(

@@ -41,6 +41,8 @@ WORKER = WorkerFacts(
     tasks=frozenset({HANDLER.name, FLUSH.name}),
     concurrency=4,
 )
+DIRECT = replace(WORKER, name="d@h", queues=())
+FLUSHING = replace(WORKER, queues=("celery",))
 MADE = {
     "name": "s",
     "storage": "file",
@@ -77,7 +79,7 @@ WELL: dict[str, Any] = {
     "stream": STREAM,
     "consumers": {"desk-workers": CONSUMER},
     "plan": Plan(()),
-    "permissions": (Permission(what="publish events", subject="publish desk.sync.hub"),),
+    "permissions": (Permission(what="publish events"),),
     "syncs": {"n1": "always"},
     "database": DATABASE,
     "outbox": BOX,
@@ -144,7 +146,7 @@ def handlers(**values: Any) -> dict[str, Any]:
 
 
 SLOW = 11 * 60
-DENIED = Permission(what="settle messages", subject="publish $JS.ACK.s", error="denied")
+DENIED = Permission(what="settle messages", error="may not publish $JS.ACK.s")
 REPLICAS = {"name": "c", "replicas": [{"name": "n2", "current": False}]}
 TTL = {"discard": "new", "max_bytes": 600}
 KILLING = {"task_acks_late": True, "task_reject_on_worker_lost": True}
@@ -152,7 +154,12 @@ FIRES: list[tuple[str, str, dict[str, Any], str]] = [
     ("server-version", "error", server(version="2.9.9"), "update it to 2.9.10"),
     ("server-version", "error", server(version=""), "no known version"),
     ("server-version", "error", server(version="2.11.0") | config(outbox_atomic=True), "atomic"),
-    ("permissions", "error", {"permissions": (DENIED,)}, "publish $JS.ACK.s: denied"),
+    (
+        "permissions",
+        "error",
+        {"permissions": (DENIED,)},
+        "may not publish $JS.ACK.s: settle messages",
+    ),
     ("expiry", "error", server(expiries={"the user's JWT": 3600.0}), "JWT expires in 60 min"),
     ("expiry", "warning", server(expiries={"the certificate": 86400.0 * 5}), "expires in 5 d"),
     ("payload-limit", "warning", server(max_payload=65536), "set jetstream_max_payload to 65536"),
@@ -311,6 +318,11 @@ def test_with_every_fact_unknown_nothing_fires() -> None:
         # a worker of direct mode consumes no queue, and needs none
         ("handler-queues", worker(queues=()), "take the messages themselves"),
         ("handler-queues", worker(queues=("celery",)) | config(direct=True), "themselves"),
+        (
+            "handler-queues",
+            {"workers": (DIRECT, replace(WORKER, queues=("celery",)))},
+            "themselves",
+        ),
         ("sync-interval", {"syncs": {"n1": "120 s"}} | stream(num_replicas=3), "3 replicas"),
         ("visibility-timeout", celery(transport="amqp", visibility_timeout=1), "has none"),
         ("stream-limits", stream(discard="new", max_bytes=10**9), "refuses, and loses nothing"),
@@ -328,6 +340,13 @@ def test_what_is_no_fault(code: str, changes: dict[str, Any], text: str) -> None
     findings = found(code, **changes)
     assert {one.severity for one in findings} <= {"ok", "skipped"}
     assert any(text in one.found for one in findings)
+
+
+def test_a_check_that_fails_ends_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    strange = Facts(**{**WELL, "stream": {"config": {}}})
+    (one,) = doctor._apply(next(c for c in doctor.CHECKS if c.code == "stream-storage"), strange)
+    assert (one.severity, one.found) == ("skipped", "the check failed: KeyError('name')")
+    assert "stream-storage" in caplog.text
 
 
 def test_what_others_hide_is_said() -> None:
