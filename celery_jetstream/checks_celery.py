@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from .facts import Check, Facts, Result, check, error, known, ok, skipped, span, warning
+from .facts import Facts, HandlerFacts, Unknown, WorkerFacts, known, span
+from .findings import Check, Result, check, error, ok, skipped, warning
 
 __all__ = ("CHECKS",)
 
 #: Seconds after which Redis gives a task to another worker, unless it is set otherwise.
 VISIBILITY_TIMEOUT = 3600.0
+#: Pools that let a task run on at its time limit, as their modules are called.
+WITHOUT_LIMITS = ("thread", "solo", "eventlet")
 
 
 @check(
@@ -107,6 +110,8 @@ def time_limits(facts: Facts) -> Iterator[Result]:
             f"set jetstream_outbox_max_seconds to {min(limits) / 2:g}, or raise its time limit "
             "(task_time_limit, task_annotations)",
         )
+    if not isinstance(facts.workers, Unknown):
+        yield from _unlimited(facts.workers, known(facts.handlers))
     endless = [h.name for h in known(facts.handlers) if not (h.time_limit or h.soft_time_limit)]
     if endless:
         yield ok(
@@ -115,6 +120,20 @@ def time_limits(facts: Facts) -> Iterator[Result]:
         )
     else:
         yield ok("no handler is without one")
+
+
+def _unlimited(
+    workers: Iterable[WorkerFacts], handlers: Iterable[HandlerFacts]
+) -> Iterator[Result]:
+    for worker in workers:
+        limited = [h.name for h in handlers if h.time_limit and h.name in worker.tasks]
+        if limited and worker.pool in WITHOUT_LIMITS:
+            yield warning(
+                f"{worker.name}: its pool ({worker.pool}) ends no task at its time limit: "
+                f"{', '.join(limited)}",
+                "use -P prefork for them, or have them bound what they wait for, and give them no "
+                "time_limit: jetstream_max_hold holds then",
+            )
 
 
 @check(
@@ -154,7 +173,8 @@ def workers(facts: Facts) -> Iterator[Result]:
         return
     for worker in found:
         queues = ", ".join(worker.queues) or "none: a worker of direct mode"
-        yield ok(f"{worker.name}: {worker.concurrency or '?'} at once, queues: {queues}")
+        at_once = f"{worker.concurrency or '?'} at once ({worker.pool or '?'})"
+        yield ok(f"{worker.name}: {at_once}, queues: {queues}")
 
 
 @check("handler-queues", "Copies wait in a queue that no worker reads, and are dispatched again.")

@@ -4,21 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .facts import (
-    Check,
-    Clock,
-    Facts,
-    Result,
-    Unknown,
-    check,
-    error,
-    known,
-    ok,
-    seconds_of,
-    skipped,
-    span,
-    warning,
-)
+from .facts import Clock, Facts, Unknown, known, seconds_of, span
+from .findings import Check, Result, check, error, ok, skipped, warning
 from .specs import retention_warnings
 
 __all__ = ("CHECKS",)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .capabilities import parse
-from .facts import Check, Facts, Result, Unknown, check, error, known, ok, seconds_of, span, warning
+from .facts import Facts, Unknown, known, seconds_of, span
+from .findings import Check, Result, check, error, ok, warning
 
 __all__ = ("CHECKS",)
 

@@ -19,7 +19,8 @@ from typing import Any
 
 from . import checks_celery, checks_database, checks_nats, checks_stream, facts_celery, facts_nats
 from .exceptions import CeleryJetStreamError, ConfigurationError
-from .facts import Check, Facts, Finding, HandlerFacts, Unknown
+from .facts import Facts, HandlerFacts, Unknown
+from .findings import Check, Finding
 from .threads import in_native_thread, wait
 
 __all__ = ("CHECKS", "SETTINGS", "Report", "examine")

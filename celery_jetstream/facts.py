@@ -1,4 +1,4 @@
-"""What the doctor knows of an app and its servers, and the form of what it says about that.
+"""What the doctor knows of an app and its servers.
 
 A fact that could not be found out is an :class:`Unknown` in its place; a check that needs it is
 skipped with that reason. Pure: ``facts_nats``, ``facts_celery`` and ``facts_database`` find out.
@@ -6,40 +6,31 @@ skipped with that reason. Pure: ``facts_nats``, ``facts_celery`` and ``facts_dat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple, TypeVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from .config import Config
 from .plans import Plan
 from .specs import NANOSECONDS, Configuration
 
 __all__ = (
-    "Check",
     "Clock",
     "DatabaseFacts",
     "Facts",
-    "Finding",
     "HandlerFacts",
     "OldTransaction",
     "Permission",
-    "Result",
     "ServerFacts",
     "TableFacts",
     "Unknown",
     "WorkerFacts",
-    "check",
-    "error",
     "known",
-    "ok",
     "seconds_of",
-    "skipped",
     "span",
-    "warning",
 )
 
 T = TypeVar("T")
-Severity = Literal["error", "warning", "ok", "skipped"]
 
 
 class Unknown(Exception):
@@ -77,13 +68,13 @@ class HandlerFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerFacts:
-    """One worker that answered: its queues, its tasks, and how many it runs at once."""
+    """One worker that answered: its queues, its tasks, its pool, and how many it runs at once."""
 
     name: str
     queues: tuple[str, ...]
     tasks: frozenset[str]
+    pool: str = ""
     concurrency: int | None = None
-    prefetch: int | None = None
 
     @property
     def is_direct(self) -> bool:
@@ -218,86 +209,6 @@ class Facts:
     def taken_directly(self) -> bool:
         """Whether workers take the messages themselves, so that no queue need be read for them."""
         return self.config.direct or any(worker.is_direct for worker in known(self.workers))
-
-
-# -- what is said ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What one check says.
-
-    Attributes:
-        code: the check's, stable: docs/reference/doctor.md has a row for each.
-        severity: ``error``, ``warning``, ``ok`` or ``skipped``.
-        found: what there is, values with units; why, where it was skipped.
-        why: why that matters; "" where nothing is wrong.
-        remedy: what to do; "" where nothing is wrong.
-    """
-
-    code: str
-    severity: Severity
-    found: str
-    why: str = ""
-    remedy: str = ""
-
-    def as_dict(self) -> dict[str, str]:
-        """Plain values, for ``--json``."""
-        return asdict(self)
-
-
-class Result(NamedTuple):
-    """A finding without what all of its check's have."""
-
-    severity: Severity
-    found: str
-    remedy: str = ""
-
-
-def ok(found: str) -> Result:
-    """All is well."""
-    return Result("ok", found)
-
-
-def skipped(why: str) -> Result:
-    """It cannot be known."""
-    return Result("skipped", why)
-
-
-def warning(found: str, remedy: str) -> Result:
-    """It works, and will cost somebody a day."""
-    return Result("warning", found, remedy)
-
-
-def error(found: str, remedy: str) -> Result:
-    """Something is lost, stands still, or is run twice."""
-    return Result("error", found, remedy)
-
-
-@dataclass(frozen=True)
-class Check:
-    """One check: a code, why it matters, and the decision. Pure."""
-
-    code: str
-    why: str
-    decide: Callable[[Facts], Iterable[Result]]
-
-    def __call__(self, facts: Facts) -> Iterator[Finding]:
-        """What it finds: at least one finding; skipped where a fact is unknown."""
-        try:
-            results = list(self.decide(facts))
-        except Unknown as unknown:
-            results = [skipped(str(unknown))]
-        for result in results:
-            wrong = result.severity in ("error", "warning")
-            yield Finding(
-                self.code, result.severity, result.found, self.why if wrong else "", result.remedy
-            )
-
-
-def check(code: str, why: str) -> Callable[[Callable[[Facts], Iterable[Result]]], Check]:
-    """Makes a decision a check."""
-    return lambda decide: Check(code, why, decide)
 
 
 # -- units -----------------------------------------------------------------------------------------

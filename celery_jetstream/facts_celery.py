@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
 from celery import Celery
@@ -111,15 +110,14 @@ def _ask(
 
 
 def _worker(name: str, stats: Mapping[str, Any], queues: Any, tasks: Any) -> WorkerFacts:
-    concurrency: int | None = None
-    with suppress(AttributeError, TypeError, ValueError):
-        concurrency = int(stats["pool"]["max-concurrency"]) if "pool" in stats else None
+    pool = stats.get("pool") or {}
+    concurrency = pool.get("max-concurrency")
     return WorkerFacts(
         name=name,
         queues=tuple(queue["name"] for queue in queues or ()),
         tasks=frozenset(text.split(" ")[0] for text in tasks or ()),
-        concurrency=concurrency,
-        prefetch=stats.get("prefetch_count"),
+        pool=str(pool.get("implementation", "")).partition(":")[0].rpartition(".")[2],
+        concurrency=concurrency if isinstance(concurrency, int) else None,
     )
 
 

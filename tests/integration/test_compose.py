@@ -152,7 +152,7 @@ def test_what_is_composed_handles_an_order_once(composed: Composed) -> None:
     assert found["error"].keys() <= {"durability"}, "the tests' PostgreSQL has no fsync"
     assert found["warning"].keys() == {"sync-interval"}
     fine = found["ok"]
-    assert f"celery@{socket.gethostname()}: 2 at once, queues: celery" in fine["workers"]
+    assert f"celery@{socket.gethostname()}: 2 at once (prefork), queues: celery" in fine["workers"]
     for code in ("handler-queues", "handler-tasks", "flush-queue", "takers", "clock-skew"):
         assert code in fine
     look_for_lost_handlers(composed)

@@ -20,7 +20,7 @@ from sqlalchemy import NullPool, create_engine, text
 from celery_jetstream import JetStream, checks_database
 from celery_jetstream.cli_doctor import doctor as command
 from celery_jetstream.doctor import Report
-from celery_jetstream.facts import Finding
+from celery_jetstream.findings import Finding
 from celery_jetstream.handlers import JetStreamTask
 from celery_jetstream.testing import NatsServer, free_port
 from tests.conftest import Names

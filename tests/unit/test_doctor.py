@@ -15,7 +15,6 @@ from celery_jetstream.facts import (
     Clock,
     DatabaseFacts,
     Facts,
-    Finding,
     HandlerFacts,
     OldTransaction,
     Permission,
@@ -25,6 +24,7 @@ from celery_jetstream.facts import (
     WorkerFacts,
     span,
 )
+from celery_jetstream.findings import Finding
 from celery_jetstream.plans import Change, Difference, Plan
 
 DOCS = Path(__file__).parents[2] / "docs/reference/doctor.md"
@@ -39,6 +39,7 @@ WORKER = WorkerFacts(
     name="w@h",
     queues=("orders", "celery"),
     tasks=frozenset({HANDLER.name, FLUSH.name}),
+    pool="prefork",
     concurrency=4,
 )
 DIRECT = replace(WORKER, name="d@h", queues=())
@@ -218,6 +219,7 @@ FIRES: list[tuple[str, str, dict[str, Any], str]] = [
         "task_time_limit",
     ),
     ("time-limits", "warning", {"flush": replace(FLUSH, soft_time_limit=10)}, "may run for 10 s"),
+    ("time-limits", "warning", worker(pool="thread"), "its pool (thread) ends no task"),
     ("prefetch", "warning", celery(worker_prefetch_multiplier=0), "without a limit"),
     ("prefetch", "warning", handlers(time_limit=SLOW), "may run for minutes"),
     ("workers", "warning", {"workers": ()}, "no worker answered"),
