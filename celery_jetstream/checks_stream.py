@@ -86,7 +86,7 @@ def stream_max_age(facts: Facts) -> Iterator[Result]:
     elif age < WEEKEND:
         yield warning(
             f"max_age is {span(age)}",
-            f"set jetstream_max_age to {span(WEEKEND)} or more: an outage over a weekend, and dead "
+            f"set jetstream_max_age to 3d or more: an outage over a weekend, and dead "
             "letters that somebody shall look at, fit into that",
         )
     else:
@@ -159,7 +159,7 @@ def duplicate_window(facts: Facts) -> Iterator[Result]:
         f"up to {span(retries)} (jetstream_outbox_lease + _flush_interval + _max_seconds)"
     )
     remedy = (
-        f"set jetstream_duplicate_window to {span(retries / HEADROOM)} or more and {PROVISION}; "
+        f"set jetstream_duplicate_window to {retries / HEADROOM:g} or more and {PROVISION}; "
         "handlers with an inbox are not harmed by what is stored twice"
     )
     if facts.window <= retries:

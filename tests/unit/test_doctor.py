@@ -190,7 +190,7 @@ FIRES: list[tuple[str, str, dict[str, Any], str]] = [
         "nats-server 2.9: 120 s",
     ),
     ("duplicate-window", "error", stream(duplicate_window=50 * 10**9), "window is 50 s"),
-    ("duplicate-window", "warning", stream(duplicate_window=60 * 10**9), "to 110 s or more"),
+    ("duplicate-window", "warning", stream(duplicate_window=60 * 10**9), "to 110 or more"),
     ("ack-wait", "error", consumer(ack_wait=10 * 10**9), "server's ack_wait is 10 s"),
     ("ack-wait", "warning", config(ack_wait=2), "jetstream_ack_wait 2 s"),
     ("ack-wait", "warning", config(ack_wait=900, lease=900) | consumer(ack_wait=900 * 10**9), "15"),
