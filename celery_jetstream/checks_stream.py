@@ -86,7 +86,7 @@ def stream_max_age(facts: Facts) -> Iterator[Result]:
     elif age < WEEKEND:
         yield warning(
             f"max_age is {span(age)}",
-            f"set jetstream_max_age to 3d or more: an outage over a weekend, and dead "
+            "set jetstream_max_age to 3d or more: an outage over a weekend, and dead "
             "letters that somebody shall look at, fit into that",
         )
     else:
