@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from .capabilities import parse
 from .facts import Facts, Unknown, known, seconds_of, span
 from .findings import Check, Result, check, error, ok, warning
+from .specs import Configuration
 
 __all__ = ("CHECKS",)
 
@@ -19,6 +20,8 @@ FULL = 0.8
 #: The first version with a setting for it; and what those before do.
 OLD = (2, 10, 0)
 OLD_SYNC = {"nats-server 2.9": "120 s"}
+#: Seconds in which a replica that is there was heard of; they speak every second.
+SILENCE = 5.0
 PROVISION = "run 'celery -A … jetstream provision'"
 
 
@@ -102,12 +105,12 @@ def replicas(facts: Facts) -> Iterator[Result]:
     cluster, count = known(facts.server).cluster, facts.made.get("num_replicas", 1)
     wanted = facts.config.num_replicas
     peers = (known(facts.stream).get("cluster") or {}).get("replicas") or []
-    behind = [p["name"] for p in peers if p.get("offline") or not p.get("current")]
+    behind = [peer["name"] for peer in peers if not _follows(peer)]
     if wanted is not None and wanted != count:
         yield error(f"{count} replicas, and jetstream_num_replicas is {wanted}", PROVISION)
     elif behind:
         yield warning(
-            f"{count} replicas, of which not current: {', '.join(behind)}",
+            f"{count} replicas, of which do not follow: {', '.join(behind)}",
             "see what becomes of these servers: nats server report jetstream",
         )
     elif cluster and count == 1:
@@ -117,6 +120,12 @@ def replicas(facts: Facts) -> Iterator[Result]:
         )
     else:
         yield ok(f"{count} replica{'s' if count > 1 else ''}")
+
+
+def _follows(peer: Configuration) -> bool:
+    """The leader calls one that is gone current for some ten seconds more."""
+    silent = seconds_of(peer.get("active")) > SILENCE
+    return bool(peer.get("current")) and not peer.get("offline") and not silent
 
 
 @check(

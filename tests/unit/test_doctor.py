@@ -149,6 +149,7 @@ def handlers(**values: Any) -> dict[str, Any]:
 SLOW = 11 * 60
 DENIED = Permission(what="settle messages", error="may not publish $JS.ACK.s")
 REPLICAS = {"name": "c", "replicas": [{"name": "n2", "current": False}]}
+SILENT = {"replicas": [{"name": "n3", "current": True, "active": 6 * 10**9}]}
 TTL = {"discard": "new", "max_bytes": 600}
 KILLING = {"task_acks_late": True, "task_reject_on_worker_lost": True}
 FIRES: list[tuple[str, str, dict[str, Any], str]] = [
@@ -180,7 +181,8 @@ FIRES: list[tuple[str, str, dict[str, Any], str]] = [
     ("stream-limits", "warning", stream(**TTL), "500 of max_bytes 600"),
     ("stream-max-age", "warning", stream(max_age=3600 * 10**9), "max_age is 60 min"),
     ("replicas", "error", config(num_replicas=3), "1 replicas, and jetstream_num_replicas is 3"),
-    ("replicas", "warning", stream(num_replicas=3, cluster=REPLICAS), "not current: n2"),
+    ("replicas", "warning", stream(num_replicas=3, cluster=REPLICAS), "do not follow: n2"),
+    ("replicas", "warning", stream(num_replicas=3, cluster=SILENT), "do not follow: n3"),
     ("replicas", "warning", server(cluster="east"), "1 replica, in the cluster east"),
     ("sync-interval", "warning", {"syncs": {"n1": "120 s"}}, "n1: 120 s; 1 replica"),
     (
