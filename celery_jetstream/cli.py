@@ -20,6 +20,7 @@ from celery.bin.worker import worker as celery_worker
 from kombu.utils.compat import detect_environment
 
 from .cli_dlq import dlq
+from .cli_doctor import doctor
 from .cli_inbox import inbox
 from .cli_outbox import outbox
 from .cli_provision import provision
@@ -208,6 +209,7 @@ def _handler(app: Any, task: Any) -> dict[str, Any]:
 
 
 jetstream.add_command(dlq)
+jetstream.add_command(doctor)
 jetstream.add_command(inbox)
 jetstream.add_command(outbox)
 jetstream.add_command(provision)

@@ -47,6 +47,7 @@ from .settler import Settler
 
 if TYPE_CHECKING:
     from .aside import Aside
+    from .doctor import Report
     from .inbox import Inbox
     from .outbox import Outbox
 
@@ -220,6 +221,19 @@ class JetStream:
             with self._lock:
                 self._health = self._health or Health(self)
         return self._health
+
+    def doctor(self, timeout: float = 10.0, monitor: str = "") -> Report:
+        """Looks for what works today and costs days later; changes nothing, raises for no server.
+
+        See ``errors``, ``warnings`` and ``findings`` (docs/reference/doctor.md).
+
+        Args:
+            timeout: seconds for all of it.
+            monitor: the nats-servers' monitoring ports, as ``http://nats:8222``, with commas.
+        """
+        from .doctor import examine
+
+        return examine(self, timeout, monitor)
 
     # -- publishing ------------------------------------------------------------------------------
 
