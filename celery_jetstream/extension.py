@@ -243,11 +243,14 @@ class JetStream:
     ) -> PublishResult:
         """As :meth:`publish`, awaited in any event loop."""
         message = self.publisher.message(event_type=event_type, payload=payload, **event)
-        self._before([message])
-        future = self.connection.submit(self.publisher.send, [message], timeout)
+        return (await self._asend([message], timeout))[0]
+
+    async def _asend(self, messages: list[Message], timeout: float) -> list[PublishResult]:
+        self._before(messages)
+        future = self.connection.submit(self.publisher.send, messages, timeout)
         results = await asyncio.wrap_future(future)
-        self._after([message], results)
-        return results[0]
+        self._after(messages, results)
+        return results
 
     def _send(self, messages: list[Message], timeout: float) -> list[PublishResult]:
         self._before(messages)
@@ -462,6 +465,12 @@ class JetStream:
     def _forget(self) -> None:
         self._lock = threading.Lock()
         self._runtime = None
+
+    def _begin_anew(self) -> None:
+        """Reads the settings and connects as if for the first time (the testing kit)."""
+        self._forget()
+        vars(self).pop("config", None)
+        self._ensured, self._ensuring, self._consumers = 0.0, None, ()
 
 
 def _options(every: float, queue: str | None) -> dict[str, Any]:
