@@ -62,6 +62,7 @@ def configured(app: Celery, **settings: Any) -> Iterator[JetStream]:
         ConfigurationError: the app has no JetStream. Wrong settings are said when first used.
     """
     jetstream = jetstream_in(app)
+    app.conf.get("jetstream_app_name")  # has Celery load it, where nothing has
     changes, before = app.conf.changes, dict(app.conf.changes)
     state, current = dict(vars(jetstream)), _state._tls.current_app
     app.conf.update(settings)
