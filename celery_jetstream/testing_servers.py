@@ -64,13 +64,16 @@ class ServerError(CeleryJetStreamError):
     """A server for tests cannot be started, or is not in a state that allows what was asked."""
 
 
-def wait_until(condition: Callable[[], T], timeout: float, what: str) -> T:
+def wait_until(
+    condition: Callable[[], T], timeout: float, what: str, *, every: float = _POLL_INTERVAL
+) -> T:
     """Wait until ``condition()`` is true, and return what it returned.
 
     Args:
-        condition: Called every few milliseconds. What it raises is not caught.
+        condition: Called again and again. What it raises is not caught.
         timeout: Seconds after which to give up.
         what: What is waited for, as it shall read in the error: ``"the message to arrive"``.
+        every: Seconds between two calls.
 
     Raises:
         TimeoutError: The condition was still false at the deadline.
@@ -81,7 +84,7 @@ def wait_until(condition: Callable[[], T], timeout: float, what: str) -> T:
             return result
         if time.monotonic() >= deadline:
             raise TimeoutError(f"waited {timeout:g} s for {what}; last answer: {result!r}")
-        time.sleep(_POLL_INTERVAL)
+        time.sleep(every)
 
 
 def free_port() -> int:
