@@ -16,7 +16,7 @@ from .exceptions import ConfigurationError, NotConnectedError, TopologyError
 from .extension import JetStream
 from .testing_servers import NatsServer
 
-__all__ = ("configured", "jetstream_in", "rebound")
+__all__ = ("configured", "jetstream_in", "jetstream_on_server", "rebound")
 
 #: What an app brings along that a single server on loopback has no part in.
 _ALONE: dict[str, Any] = {
@@ -45,6 +45,22 @@ def jetstream_in(app: Any = None) -> JetStream:
         f"the Celery app {app.main!r} has no JetStream: import the module that makes yours, or "
         "give it: jetstream="
     )
+
+
+def jetstream_on_server(app: Any = None) -> JetStream:
+    """As :func:`jetstream_in`, of an app that :func:`rebound` has put on a test's server.
+
+    Raises:
+        ConfigurationError: it has no JetStream, or is on the server of its own settings: what that
+            has would be handled by a test, and be gone.
+    """
+    jetstream = jetstream_in(app)
+    if not vars(jetstream).get("_rebound"):
+        raise ConfigurationError(
+            f"the app {jetstream.app.main!r} is not on a test's server: use the fixture jetstream, "
+            "or rebound(app, server)"
+        )
+    return jetstream
 
 
 @contextlib.contextmanager
@@ -104,6 +120,7 @@ def rebound(app: Celery, server: NatsServer | str, **settings: Any) -> Iterator[
         jetstream.check()
         jetstream.connection.connect()
         is_new = jetstream.connection.run(_make_topology, jetstream)
+        vars(jetstream)["_rebound"] = True
         try:
             yield jetstream
         finally:

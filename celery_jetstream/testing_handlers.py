@@ -11,7 +11,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
@@ -24,7 +24,7 @@ from .consumers import consumer_specs
 from .delivery import Delivery
 from .dispatcher import Dispatcher, TaskMessages, header_of
 from .events import Event
-from .exceptions import EventError
+from .exceptions import EventError, PayloadError
 from .extension import JetStream
 from .handlers import HEADER, JetStreamTask
 from .headers import validate_headers
@@ -39,7 +39,7 @@ __all__ = ("EventLike", "Run", "Settling", "message_to", "perform", "run_handler
 EventLike = Mapping[str, Any] | Event | str | bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """How one delivery of an event ended.
 
@@ -48,19 +48,25 @@ class Run:
         returned: what the handler returned; None where it did not.
         error: what it raised; ``Retry`` for a ``self.retry()``.
         handler: the task's name; "" where no handler began: no JSON, no envelope, no handler.
-        ran: the handler's code was called; not for what the inbox has as done, or what no handler
-            has begun.
+        ran: it was for the handler to run; not where the inbox has the event as done, the payload
+            does not fit, or no handler began.
         num_delivered: which delivery it was.
         sequence: the message's in the stream.
     """
 
     settlement: Settlement
     returned: Any = None
-    error: BaseException | None = field(default=None, repr=False)
+    error: BaseException | None = None
     handler: str = ""
     ran: bool = False
     num_delivered: int = 1
     sequence: int = 0
+
+    def __repr__(self) -> str:
+        ended = f"returned {self.returned!r}" if self.ran else "did not run"
+        ended = ended if self.error is None else f"raised {self.error!r}"
+        what = f"{self.handler} {ended}" if self.handler else "no handler"
+        return f"<Run: delivery {self.num_delivered}, {what}: {self.settlement}>"
 
     def raise_for_error(self) -> Run:
         """Returns itself; raises what the handler raised, with its traceback."""
@@ -197,7 +203,7 @@ def run_handler(flight: Flight, settling: Settling) -> Run:
         None if error is not None else seen["retval"],
         error,
         str(task.name),
-        not seen["refused"],
+        not (seen["refused"] or isinstance(error, PayloadError)),
         delivery.num_delivered,
         delivery.sequence,
     )

@@ -24,7 +24,7 @@ from .exceptions import ConfigurationError, NotConnectedError
 from .extension import JetStream
 from .inflight import Flight
 from .settlement import Nak, Settlement
-from .testing_apps import jetstream_in
+from .testing_apps import jetstream_on_server
 from .testing_handlers import EventLike, Run, Settling, message_to, run_handler
 
 __all__ = ("Delivered", "Drained", "deliver", "drain")
@@ -109,9 +109,9 @@ def deliver(
     Raises:
         TimeoutError: it is not settled in time; says where it is.
         PublishError: the stream does not take it.
-        ConfigurationError: the app has no handlers.
+        ConfigurationError: the app has no handlers, or is not on a test's server.
     """
-    jetstream = jetstream_in(jetstream)
+    jetstream = jetstream_on_server(jetstream)
     message = message_to(jetstream, event, payload, headers, fields)
     with _InProcess(jetstream, retries, timeout) as loop:
         (result,) = jetstream.connection.run(
@@ -155,8 +155,9 @@ def drain(
         TimeoutError: there is more after that time; says what.
         NotConnectedError: NATS is away.
         OutboxUnavailableError: the database is away.
+        ConfigurationError: the app is not on a test's server.
     """
-    jetstream = jetstream_in(jetstream)
+    jetstream = jetstream_on_server(jetstream)
     has_outbox = jetstream.config.has_database if outbox is None else outbox
     published = failed = 0
     runs: list[Run] = []
