@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from celery import Celery
+from celery.worker import state as worker_state
 
 from celery_jetstream import JetStream, jetstream_handler
 from celery_jetstream.config import Config
@@ -20,6 +21,12 @@ from celery_jetstream.inflight import Flight
 from celery_jetstream.pace import MOST_AHEAD, Pace
 from celery_jetstream.settlement import Nak
 from celery_jetstream.threads import Wake
+
+
+@pytest.fixture(autouse=True)
+def _nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Celery's set is the process's: the requests of other tests are in it until they are freed."""
+    monkeypatch.setattr(worker_state, "active_requests", set())
 
 
 class Clock:
