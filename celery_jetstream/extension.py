@@ -469,7 +469,8 @@ class JetStream:
     def _begin_anew(self) -> None:
         """Reads the settings and connects as if for the first time (the testing kit)."""
         self._forget()
-        vars(self).pop("config", None)
+        for name in [n for n in vars(self) if isinstance(vars(JetStream).get(n), cached_property)]:
+            del vars(self)[name]
         self._ensured, self._ensuring, self._consumers = 0.0, None, ()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from celery import Celery, _state
 
 from . import topology
+from .consumers import stream_spec
 from .exceptions import ConfigurationError, NotConnectedError, TopologyError
 from .extension import JetStream
 from .testing_servers import NatsServer
@@ -130,8 +131,8 @@ def rebound(app: Celery, server: NatsServer | str, **settings: Any) -> Iterator[
 
 async def _make_topology(jetstream: JetStream) -> bool:
     """As ``provision()``, which looks again and again whether others undo it; is the stream new?"""
-    found = await jetstream.stream_info()
-    plan, consumers = await jetstream._plan(), await jetstream.consumers()
+    found, consumers = await jetstream.stream_info(), await jetstream.consumers()
+    plan = await topology.plan(jetstream._api, stream_spec(jetstream.config), *consumers)
     try:
         as_wanted = not await topology._apply(jetstream._api, plan, consumers)
     except TopologyError:
