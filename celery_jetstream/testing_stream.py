@@ -226,7 +226,7 @@ class _InProcess:
         self._retries = retries
         self._patience = timeout
         self._beside = copy.copy(jetstream)  # as another process would be, with its own connection
-        self._beside._forget()
+        self._beside._begin_anew()
         self._arrived = _HandOver(jetstream)
         self._bridge = Bridge(self._beside, dispatcher=self._arrived)
         self._failure: BaseException | None = None
