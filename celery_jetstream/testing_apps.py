@@ -19,8 +19,9 @@ from .testing_servers import NatsServer
 
 __all__ = ("configured", "jetstream_in", "jetstream_on_server", "rebound")
 
-#: What an app brings along that a single server on loopback has no part in.
+#: In the place of what an app brings along for production.
 _ALONE: dict[str, Any] = {
+    "jetstream_auto_provision": True,
     "jetstream_nats_options": {},
     "jetstream_num_replicas": 1,
     "jetstream_outbox_nudge": False,
@@ -131,7 +132,8 @@ def rebound(app: Celery, server: NatsServer | str, **settings: Any) -> Iterator[
 
 async def _make_topology(jetstream: JetStream) -> bool:
     """As ``provision()``, which looks again and again whether others undo it; is the stream new?"""
-    found, consumers = await jetstream.stream_info(), await jetstream.consumers()
+    found = await jetstream._api(f"STREAM.INFO.{jetstream.config.stream_name}", {})
+    consumers = await jetstream.consumers()
     plan = await topology.plan(jetstream._api, stream_spec(jetstream.config), *consumers)
     try:
         as_wanted = not await topology._apply(jetstream._api, plan, consumers)

@@ -519,13 +519,19 @@ def test_where_it_is_stuck_is_said(on_server: JetStream, does: Any) -> None:
 
 def test_an_app_is_as_it_was_and_the_next_test_sees_nothing(nats_server: NatsServer) -> None:
     other = Celery("billing", set_as_current=False)
-    other.conf.update(jetstream_app_name="billing", jetstream_destination_app="kit")
+    other.conf.update(
+        jetstream_app_name="billing",
+        jetstream_destination_app="kit",
+        jetstream_auto_provision=False,  # and other things of production
+        jetstream_num_replicas=3,
+        jetstream_nats_options={"user": "billing", "password": "secret"},
+    )
     billing, current = JetStream(other), current_app._get_current_object()
     assert app.conf.jetstream_app_name == "kit"  # loaded
     before, conf = dict(vars(jetstream)), dict(app.conf.changes)
     for _ in range(2):
-        with rebound(app, nats_server, jetstream_max_deliver=1), rebound(other, nats_server.url):
-            assert current_app._get_current_object() is other
+        with rebound(other, nats_server.url), rebound(app, nats_server, jetstream_max_deliver=1):
+            assert current_app._get_current_object() is app
             assert published_events(jetstream=app) == []
             assert jetstream.publish("a.b", {}).sequence == 1
             assert_published("a.b", jetstream=jetstream)
