@@ -517,7 +517,7 @@ def test_where_it_is_stuck_is_said(on_server: JetStream, does: Any) -> None:
     assert deliver("kit.plain.x").returned == "goes on"
 
 
-def test_an_app_is_as_it_was_and_the_next_test_sees_nothing(nats_server: NatsServer) -> None:
+def test_an_app_is_as_it_was_and_the_next_test_sees_nothing(own_server: NatsServer) -> None:
     other = Celery("billing", set_as_current=False)
     other.conf.update(
         jetstream_app_name="billing",
@@ -530,7 +530,7 @@ def test_an_app_is_as_it_was_and_the_next_test_sees_nothing(nats_server: NatsSer
     assert app.conf.jetstream_app_name == "kit"  # loaded
     before, conf = dict(vars(jetstream)), dict(app.conf.changes)
     for _ in range(2):
-        with rebound(other, nats_server.url), rebound(app, nats_server, jetstream_max_deliver=1):
+        with rebound(other, own_server.url), rebound(app, own_server, jetstream_max_deliver=1):
             assert current_app._get_current_object() is app
             assert published_events(jetstream=app) == []
             assert jetstream.publish("a.b", {}).sequence == 1
