@@ -18,14 +18,8 @@ Fixtures for pytest are in :mod:`celery_jetstream.contrib.pytest`. How to:
 from __future__ import annotations
 
 from .testing_apps import configured, rebound
-from .testing_events import (
-    Captured,
-    Published,
-    assert_published,
-    capture_events,
-    published_events,
-    refute_published,
-)
+from .testing_capture import Captured, Published, capture_events
+from .testing_events import assert_published, published_events, refute_published
 from .testing_handlers import Run, perform
 from .testing_servers import (
     LocalServer,
