@@ -1,13 +1,21 @@
-"""Celery and NATS JetStream, joined: events become tasks, and a task's end is a settlement."""
+"""Celery and NATS JetStream, joined: events become tasks, and a task's end is a settlement.
 
-from .delivery import Delivery
-from .events import Event
-from .exceptions import CeleryJetStreamError
-from .extension import JetStream
-from .handlers import JetStreamTask, jetstream_handler
-from .settlement import Ack, DeadLetter, Nak
-from .tasks import publish_event, publish_on
-from .upcasts import upcast
+What is public here is loaded, all of it, when one of it is first used: Celery and nats-py cost
+half a second, which who only has this package installed (every pytest run, for its plugin) need
+not pay.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .delivery import Delivery
+    from .events import Event
+    from .exceptions import CeleryJetStreamError
+    from .extension import JetStream
+    from .handlers import JetStreamTask, jetstream_handler
+    from .settlement import Ack, DeadLetter, Nak
+    from .tasks import publish_event, publish_on
+    from .upcasts import upcast
 
 __version__ = "0.1.0"
 
@@ -26,3 +34,17 @@ __all__ = (
     "publish_on",
     "upcast",
 )
+
+if not TYPE_CHECKING:  # else any name would do
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from . import delivery, events, exceptions, extension, handlers, settlement, tasks, upcasts
+
+        for home in (delivery, events, exceptions, extension, handlers, settlement, tasks, upcasts):
+            globals().update({each: vars(home)[each] for each in __all__ if each in home.__all__})
+        return globals()[name]
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -70,13 +70,19 @@ class Bridge:
         jetstream: the app's :class:`~celery_jetstream.extension.JetStream`.
         max_messages: stop after so many messages were dispatched; None for no end.
         once: stop when the stream has no more for us.
+        dispatcher: what sends the copies; default: to the Celery broker.
 
     Raises:
         ConfigurationError: there is no handler, or two for one pattern.
     """
 
     def __init__(
-        self, jetstream: Any, *, max_messages: int | None = None, once: bool = False
+        self,
+        jetstream: Any,
+        *,
+        max_messages: int | None = None,
+        once: bool = False,
+        dispatcher: Dispatcher | None = None,
     ) -> None:
         self.app = jetstream.app
         self.jetstream = jetstream
@@ -89,7 +95,7 @@ class Bridge:
                 "message into a dead letter"
             )
         self.dispatched = 0
-        self._dispatcher = Dispatcher(self.app, config, self.handlers)
+        self._dispatcher = dispatcher or Dispatcher(self.app, config, self.handlers)
         self._max_messages = max_messages
         self._once = once
         self._flights = InFlight(
@@ -205,6 +211,12 @@ class Bridge:
         for warning in retention_warnings(self.config.inbox_retention, age, window):
             logger.warning("%s", warning)
 
+    @property
+    def busy(self) -> bool:
+        """Whether it has messages, waiting or unclaimed. Any thread."""
+        with self._lock:
+            return len(self._flights) > 0
+
     def stop(self) -> None:
         """Ends :meth:`run`; may be called by a signal handler and from any thread."""
         self._told.put(None)  # reentrant, unlike an Event
@@ -227,11 +239,9 @@ class Bridge:
 
     def _finished(self) -> bool:
         """With ``once`` or ``max_messages``: whether all is dispatched and with the workers."""
-        with self._lock:
-            left = len(self._flights)
         if self._max_messages is not None and self.dispatched >= self._max_messages:
-            return left == 0
-        return self._once and left == 0 and all(intake.idle for intake in self._intakes)
+            return not self.busy
+        return self._once and not self.busy and all(intake.idle for intake in self._intakes)
 
     def _end(self, dispatcher: threading.Thread) -> None:
         self._phase = "stopping"

@@ -108,7 +108,8 @@ def settle(
         delivery: the hand-over.
         end: how it ended.
         header: the copy's, which names the event.
-        request: the task's, in the process that ran it.
+        request: the task's, in the process that ran it. Its ``jetstream_settler``, where it has
+            one, carries the settlement out (the testing kit's).
         patience: seconds to wait for a transaction that a killed process has left.
         until: by the monotonic clock, after which it is not settled any more.
     """
@@ -127,7 +128,8 @@ def settle(
         now=datetime.now(timezone.utc),
     )
     if settlement is not None and time.monotonic() < until:
-        jetstream.settler.settle(delivery, settlement, handler=task.name)
+        settler = getattr(request, "jetstream_settler", None) or jetstream.settler
+        settler.settle(delivery, settlement, handler=task.name)
 
 
 def _is_failure(end: Ended) -> bool:

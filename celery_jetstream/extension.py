@@ -289,12 +289,15 @@ class JetStream:
     ) -> PublishResult:
         """As :meth:`publish`, awaited in any event loop."""
         message = self.publisher.message(event_type=event_type, payload=payload, **event)
-        self._before([message])
+        return (await self._asend([message], timeout))[0]
+
+    async def _asend(self, messages: list[Message], timeout: float) -> list[PublishResult]:
+        self._before(messages)
         start = time.monotonic()
-        future = self.connection.submit(self.publisher.send, [message], timeout)
+        future = self.connection.submit(self.publisher.send, messages, timeout)
         results = await asyncio.wrap_future(future)
-        self._after([message], results, time.monotonic() - start)
-        return results[0]
+        self._after(messages, results, time.monotonic() - start)
+        return results
 
     def _send(self, messages: list[Message], timeout: float) -> list[PublishResult]:
         self._before(messages)
@@ -549,6 +552,13 @@ class JetStream:
         self._lock = threading.Lock()
         self._runtime = self._health = None
         self.running = {}
+
+    def _begin_anew(self) -> None:
+        """Reads the settings and connects as if for the first time (the testing kit)."""
+        self._forget()
+        for name in [n for n in vars(self) if isinstance(vars(JetStream).get(n), cached_property)]:
+            del vars(self)[name]
+        self._ensured, self._ensuring, self._consumers = 0.0, None, ()
 
 
 class CheckSettings(bootsteps.Step):

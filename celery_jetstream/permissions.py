@@ -158,7 +158,7 @@ def operator(config: Config, consumers: Sequence[ConsumerSpec]) -> Role:
         Need(
             "purging",
             "jetstream dlq purge: removes dead letters (it could remove any message)",
-            (f"$JS.API.STREAM.PURGE.{stream}", f"$JS.API.STREAM.MSG.DELETE.{stream}"),
+            (f"$JS.API.STREAM.MSG.DELETE.{stream}",),
         ),
     )
     return Role(f"{config.app_name}-operator", "whoever looks after the app", needs)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -213,18 +212,7 @@ class NatsCluster:
 
 
 def _wait(look: Any, timeout: float, what: str, explain: Any = None) -> Any:
-    """As ``wait_until``, but looks only ten times a second."""
-    asked = 0.0
-
-    def ask() -> Any:
-        nonlocal asked
-        if time.monotonic() - asked < _LOOK:
-            return None
-        found = look()
-        asked = time.monotonic()
-        return found
-
     try:
-        return wait_until(ask, timeout, what)
+        return wait_until(look, timeout, what, every=_LOOK)
     except TimeoutError as error:
         raise ServerError(f"{error}{f'; {explain()}' if explain else ''}") from None

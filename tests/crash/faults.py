@@ -141,16 +141,7 @@ class Manager:
 
 def until(condition: Callable[[], object], timeout: float, what: str) -> None:
     """As ``wait_until``, but asks only 20 times a second: what is asked here costs the server."""
-    asked = 0.0
-
-    def ask() -> object:
-        nonlocal asked
-        if time.monotonic() - asked < 0.05:
-            return False
-        asked = time.monotonic()
-        return condition()
-
-    wait_until(ask, timeout, what)
+    wait_until(condition, timeout, what, every=0.05)
 
 
 def let_pass(seconds: float, condition: Callable[[], object] = lambda: None) -> None:

@@ -1,4 +1,4 @@
-"""What the tests of the connection begin with."""
+"""What the tests of the connection, and those of the flush, begin with."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from celery_jetstream import JetStream
+from celery_jetstream import JetStream, breaker, flusher, recorder
 from celery_jetstream.config import Config
 from celery_jetstream.connection import Connection
 from tests.burials import Desk
 from tests.conftest import Names
+from tests.databases import Database
+from tests.flushing import Flushing
 from tests.servers import NatsServer, need
 from tests.watching import watched
 
@@ -80,3 +82,28 @@ def make_jetstream(names: Names) -> Iterator[Callable[..., JetStream]]:
     yield make
     for jetstream in made:
         jetstream.close()
+
+
+@pytest.fixture
+def make_flushing(
+    nats_server: NatsServer, database: Database, names: Names
+) -> Iterator[Callable[..., Flushing]]:
+    """``make_flushing(url, database, **settings)``: an outbox, ready; default: the test's own."""
+    made: list[Flushing] = []
+
+    def make(url: str = nats_server.url, database: Database = database, **settings: Any) -> Any:
+        made.append(Flushing(url, database, names, **settings).prepare())
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flush waits for NATS, and the breaker for its next try, a hundredth of the usual time."""
+    monkeypatch.setattr(flusher, "CONNECT_TIMEOUT", 0.03)
+    monkeypatch.setattr(flusher, "PUBLISH_TIMEOUT", 0.2)
+    monkeypatch.setattr(breaker, "PAUSE", (0.005, 0.1))
+    monkeypatch.setattr(recorder, "NO_STREAM_PAUSE", 0.1)

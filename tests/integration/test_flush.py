@@ -21,9 +21,8 @@ from celery_jetstream.models import PARKED, bucket_of
 from celery_jetstream.outbox_filter import Filter
 from celery_jetstream.sqltypes import db_now
 from tests.conftest import Names
-from tests.databases import Database
 from tests.flushing import Flushing, Responder, Threads, in_order, statements
-from tests.servers import NatsServer, RedisServer, wait_until
+from tests.servers import RedisServer, wait_until
 from tests.stack import WORKER, CeleryProcess
 
 Make = Callable[..., Flushing]
@@ -33,17 +32,9 @@ on_postgresql = pytest.mark.parametrize("database", ["postgresql"], indirect=Tru
 
 
 @pytest.fixture
-def make(nats_server: NatsServer, database: Database, names: Names) -> Iterator[Make]:
+def make(make_flushing: Make) -> Make:
     """``make(**settings)``: an outbox in each of the databases, ready."""
-    made: list[Flushing] = []
-
-    def make(**settings: Any) -> Flushing:
-        made.append(Flushing(nats_server.url, database, names, **settings).prepare())
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
+    return make_flushing
 
 
 @pytest.fixture

@@ -7,20 +7,20 @@ import base64
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
-from celery_jetstream import breaker, flusher, signals
+from celery_jetstream import flusher, signals
 from celery_jetstream.capabilities import ATOMIC_BATCHES
 from celery_jetstream.sqltypes import db_now
-from tests.conftest import Names
 from tests.databases import Database
 from tests.flushing import Flushing, Responder, Threads, in_order, statements
-from tests.servers import NatsServer, need, wait_until
+from tests.servers import NatsServer, wait_until
 
 pytestmark = pytest.mark.needs_nats(ATOMIC_BATCHES)
 
@@ -31,39 +31,14 @@ on_servers = pytest.mark.parametrize("database", ["postgresql", "mariadb"], indi
 
 
 @pytest.fixture
-def make(nats_server: NatsServer, database: Database, names: Names) -> Iterator[Make]:
+def make(make_flushing: Make) -> Make:
     """``make(url, **settings)``: an outbox with atomic batches, ready."""
-    made: list[Flushing] = []
-
-    def make(url: str = nats_server.url, **settings: Any) -> Flushing:
-        settings = {"jetstream_outbox_atomic": True, **settings}
-        made.append(Flushing(url, database, names, **settings).prepare())
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
+    return partial(make_flushing, jetstream_outbox_atomic=True)
 
 
 @pytest.fixture
 def flushing(make: Make) -> Flushing:
     return make()
-
-
-@pytest.fixture
-def own_server() -> Iterator[NatsServer]:
-    """A server to be hurt."""
-    need("nats")
-    with NatsServer() as server:
-        yield server
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in the tests of outages: a hundredth of the usual time."""
-    monkeypatch.setattr(flusher, "CONNECT_TIMEOUT", 0.03)
-    monkeypatch.setattr(flusher, "PUBLISH_TIMEOUT", 0.2)
-    monkeypatch.setattr(breaker, "PAUSE", (0.005, 0.1))
 
 
 def event(number: int, **more: Any) -> dict[str, Any]:

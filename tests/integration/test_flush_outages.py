@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.exc import DBAPIError
 
-from celery_jetstream import breaker, flusher, recorder, signals
+from celery_jetstream import flusher, signals
 from celery_jetstream.exceptions import OutboxUnavailableError
 from celery_jetstream.models import AT_ONCE
 from celery_jetstream.outbox_filter import Filter
@@ -28,34 +28,9 @@ on_sqlite = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 
 
 @pytest.fixture
-def make(nats_server: NatsServer, database: Database, names: Names) -> Iterator[Make]:
+def make(make_flushing: Make) -> Make:
     """``make(url, **settings)``: an outbox, ready; without a URL on the shared server."""
-    made: list[Flushing] = []
-
-    def make(url: str = nats_server.url, database: Database = database, **settings: Any) -> Any:
-        made.append(Flushing(url, database, names, **settings).prepare())
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
-
-
-@pytest.fixture
-def own_server() -> Iterator[NatsServer]:
-    """A server to be hurt."""
-    need("nats")
-    with NatsServer() as server:
-        yield server
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A flush waits for NATS, and the breaker for its next try, a hundredth of the usual time."""
-    monkeypatch.setattr(flusher, "CONNECT_TIMEOUT", 0.03)
-    monkeypatch.setattr(flusher, "PUBLISH_TIMEOUT", 0.2)
-    monkeypatch.setattr(breaker, "PAUSE", (0.005, 0.1))
-    monkeypatch.setattr(recorder, "NO_STREAM_PAUSE", 0.1)
+    return make_flushing
 
 
 def flows(flushing: Flushing, count: int, *, stream: str = "") -> None:

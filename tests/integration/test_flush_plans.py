@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytest
 
 from benchmarks.plans import analyze, fill, plans
-from tests.conftest import Names
-from tests.databases import Database
 from tests.flushing import Flushing
-from tests.servers import NatsServer
-
-
-@pytest.fixture
-def flushing(nats_server: NatsServer, database: Database, names: Names) -> Iterator[Flushing]:
-    flushing = Flushing(nats_server.url, database, names).prepare()
-    yield flushing
-    flushing.close()
 
 
 @pytest.mark.parametrize("database", ["postgresql", "mariadb"], indirect=True)
-def test_no_plan_reads_or_sorts_the_backlog(flushing: Flushing) -> None:
+def test_no_plan_reads_or_sorts_the_backlog(make_flushing: Callable[..., Flushing]) -> None:
     """Also where the planner last looked while nothing was pending."""
+    flushing = make_flushing()
     fill(flushing, 50_000)
     found = plans(flushing, "idle")
     analyze(flushing)

@@ -112,14 +112,6 @@ def pipeline(nats_server: NatsServer, make_pipeline: Callable[[str], Pipeline]) 
 
 
 @pytest.fixture
-def own_server() -> Iterator[NatsServer]:
-    """A server to be hurt."""
-    need("nats")
-    with NatsServer() as server:
-        yield server
-
-
-@pytest.fixture
 def hurt(own_server: NatsServer, make_pipeline: Callable[[str], Pipeline]) -> Pipeline:
     pipeline = make_pipeline(own_server.url)
     pipeline.jetstream.provision()

@@ -115,14 +115,6 @@ def publish(nats_server: NatsServer, make_publishing: Callable[..., Publishing])
 
 
 @pytest.fixture
-def own_server() -> Iterator[NatsServer]:
-    """A server to be hurt."""
-    need("nats")
-    with NatsServer() as server:
-        yield server
-
-
-@pytest.fixture
 def current_app(publish: Publishing) -> Iterator[Celery]:
     """The app of ``publish`` as Celery's current one, which module-level functions use."""
     from celery import _state

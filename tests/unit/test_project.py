@@ -28,7 +28,7 @@ def test_what_is_exported_is_there():
 
 def test_importing_the_package_loads_no_database_and_no_redis():
     program = (
-        "import sys, celery_jetstream; "
+        "import sys; from celery_jetstream import *; "
         "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     )
     loaded = subprocess.run(
@@ -36,6 +36,29 @@ def test_importing_the_package_loads_no_database_and_no_redis():
     ).stdout.split()
     assert "celery_jetstream" in loaded
     assert not {"sqlalchemy", "redis", "pytest", "rich"} & set(loaded)
+
+
+def test_having_the_package_costs_who_does_not_use_it_nothing():
+    """Every pytest run imports the plugin."""
+    program = "import sys, celery_jetstream.contrib.pytest; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert "celery_jetstream.contrib.pytest" in loaded
+    assert not {"celery", "kombu", "nats", "sqlalchemy"} & set(loaded)
+
+
+def test_a_name_that_is_not_public_is_no_attribute():
+    with pytest.raises(AttributeError, match="no attribute 'publish'"):
+        celery_jetstream.publish  # noqa: B018
+    assert set(celery_jetstream.__all__) <= set(dir(celery_jetstream))
+
+
+def test_pytest_finds_the_plugin():
+    """By its module's name: then ``-p`` and ``pytest_plugins`` do not register it twice."""
+    _, _, table = (ROOT / "pyproject.toml").read_text().partition("pytest11]\n")
+    name, module = re.match(r'"(.+)" = "(.+?)"', table).groups()
+    assert name == module == "celery_jetstream.contrib.pytest"
 
 
 def test_celery_finds_the_command():
