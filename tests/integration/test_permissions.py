@@ -121,6 +121,8 @@ def test_what_is_printed_is_enough(
                 create_outbox(connection)
                 desk.outbox.add(connection, event_type="order.paid", payload={})
             assert desk.outbox.drain().sent == 1
+            told = desk.connection.run(desk.stream_info)  # by the settings: it may not ask
+            assert told["config"]["name"] == names.stream_name
             status = errand.make(nats_urls=server.url_of(operator.name)).status()
             assert status["problems"] == []
         finally:
