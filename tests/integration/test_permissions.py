@@ -20,6 +20,7 @@ from celery_jetstream import connection as connection_module
 from celery_jetstream import pull as pull_module
 from celery_jetstream import push as push_module
 from celery_jetstream.bridge import Bridge
+from celery_jetstream.capabilities import Feature
 from celery_jetstream.config import Config
 from celery_jetstream.connection import Connection
 from celery_jetstream.deadletter import Original
@@ -125,9 +126,14 @@ def test_what_is_printed_is_enough(
             assert told["config"]["name"] == names.stream_name
             status = errand.make(nats_urls=server.url_of(operator.name)).status()
             assert status["problems"] == []
+            began = time.monotonic()
+            (problem,) = desk.status()["problems"]
+            assert "may not publish to $JS.API.INFO" in problem
+            assert promptly(began)
         finally:
             errand.close()
-        assert "iolation" not in server.log.read_text()
+        denied = [line for line in server.log.read_text().splitlines() if "iolation" in line]
+        assert all("$JS.API.INFO" in line for line in denied), "but for the status"
 
 
 @pytest.fixture
@@ -434,6 +440,7 @@ def claims_heard(bridge: Bridge) -> set[int]:
     return {number for number, one in subscriptions.items() if one.subject.startswith("$JS.ACK")}
 
 
+@pytest.mark.needs_nats(Feature("streams that a reload of users leaves alone", (2, 10, 0), ""))
 @pytest.mark.parametrize("mode", ["pull", "push"])
 def test_what_is_taken_away_while_it_runs_and_given_back(
     names: Names,
