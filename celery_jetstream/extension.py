@@ -29,7 +29,7 @@ from . import (
 from .breaker import Breaker
 from .config import Config
 from .connection import Connection
-from .consumers import stream_spec
+from .consumers import consumer_specs, stream_spec
 from .dead_letters import DeadLetters
 from .direct import Direct
 from .events import Event
@@ -431,7 +431,7 @@ class JetStream:
         """
         if not self.config.auto_provision:
             if missing:
-                await self._say_missing()
+                self._say_missing()
             return
         now, loop, task = time.monotonic(), asyncio.get_running_loop(), self._ensuring
         foreign = task is None or task.get_loop() is not loop  # a closed connection's, a parent's
@@ -441,12 +441,13 @@ class JetStream:
         if not task.done():
             await asyncio.wait([task], timeout=ENSURE_PATIENCE)
 
-    async def _say_missing(self) -> None:
+    def _say_missing(self) -> None:
         now = time.monotonic()
         if self._said_missing and now - self._said_missing < MISSING_INTERVAL:
             return
         self._said_missing = now
-        consumers = [one.durable for one in await self.consumers() if not one.optional]
+        known = self._consumers or consumer_specs(self.config)[:1]
+        consumers = [one.durable for one in known if not one.optional]
         logger.error(
             "stream %s or its consumer (%s) is not there, or a leader is being elected (that takes "
             "seconds). jetstream_auto_provision is off: whoever may is to run 'celery -A … "

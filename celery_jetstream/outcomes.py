@@ -37,8 +37,6 @@ class Verdict(str, Enum):
     """Nobody's fault; try again for ever."""
     NO_STREAM = "no_stream"
     """No stream takes the subject, or one elects its leader: an outage until confirmed."""
-    DENIED = "denied"
-    """Our NATS user may not publish to the subject: tell who waits; a row waits until it may."""
     REFUSED = "refused"
     """This message, as it is, will never be stored."""
     UNKNOWN = "unknown"
@@ -47,6 +45,8 @@ class Verdict(str, Enum):
     """Not sent: an earlier one with the same key was not stored."""
     QUEUED = "queued"
     """A row of the outbox, to be published."""
+    DENIED = "denied"
+    """Our NATS user may not publish to the subject: tell who waits; a row waits until it may."""
 
 
 TRANSIENT = frozenset({Verdict.OUTAGE, Verdict.NO_STREAM, Verdict.BEHIND})

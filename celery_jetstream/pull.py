@@ -197,6 +197,7 @@ class Pull:
             if self._silent() and not session.lost.is_set():
                 self._say("no sign of life of what was asked for")
                 self._trouble += 1
+                await self._on_missing()  # 2.9 is silent where there is none
         finally:
             await self._end(0.0)
 

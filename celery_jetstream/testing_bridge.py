@@ -59,10 +59,10 @@ class _Confirmed(Settling):
         self._settler = jetstream.settler
         self._at_once = at_once
 
-    def settle(self, delivery: Delivery, settlement: Settlement) -> None:
-        super().settle(delivery, settlement)
+    def settle(self, delivery: Delivery, settlement: Settlement, *, handler: str = "") -> None:
+        super().settle(delivery, settlement, handler=handler)
         again = isinstance(settlement, Nak) and self._at_once
-        self._settler.settle(delivery, Nak(0.0) if again else settlement)
+        self._settler.settle(delivery, Nak(0.0) if again else settlement, handler=handler)
 
 
 class InProcess:

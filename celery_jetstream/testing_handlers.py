@@ -80,7 +80,7 @@ class Settling:
 
     settlement: Settlement
 
-    def settle(self, delivery: Delivery, settlement: Settlement) -> None:
+    def settle(self, delivery: Delivery, settlement: Settlement, *, handler: str = "") -> None:
         """Keeps it."""
         self.settlement = settlement
 

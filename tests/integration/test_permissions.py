@@ -20,6 +20,7 @@ from celery_jetstream import connection as connection_module
 from celery_jetstream import pull as pull_module
 from celery_jetstream import push as push_module
 from celery_jetstream.bridge import Bridge
+from celery_jetstream.capabilities import Feature
 from celery_jetstream.config import Config
 from celery_jetstream.connection import Connection
 from celery_jetstream.deadletter import Original
@@ -100,14 +101,17 @@ def test_what_is_printed_is_enough(
     names: Names, sqlite: Database, mode: str, binary: str | None
 ) -> None:
     need("old-nats" if binary else "nats")
-    settings: dict[str, Any] = {"consumer_mode": mode}
+    settings: dict[str, Any] = {
+        "consumer_mode": mode,
+        "sources": [names.destination_app, f"third-{names.app_name}"],
+    }
     config = config_of(names, **settings)
     run, admin, operator = roles(config)
     with Guarded(run, admin, operator, hub_role(names), binary=binary) as server:
         errand = Errand(
             server.url_of(run.name),
             names,
-            hub={"nats_urls": server.url_of(names.destination_app), "consumer_mode": "pull"},
+            hub={"nats_urls": server.url_of(names.destination_app), "sources": [names.app_name]},
             auto_provision=False,
             database_url=sqlite.url,
             **settings,
@@ -121,12 +125,17 @@ def test_what_is_printed_is_enough(
                 create_outbox(connection)
                 desk.outbox.add(connection, event_type="order.paid", payload={})
             assert desk.outbox.drain().sent == 1
+            told = desk.connection.run(desk.stream_info)  # by the settings: it may not ask
+            assert told["config"]["name"] == names.stream_name
             report = errand.make(nats_urls=server.url_of(operator.name)).health_check()
             assert report["problems"] == []
             assert report["unknown"] == []
+            assert "iolation" not in server.log.read_text()
+            began = time.monotonic()
+            assert "$JS.API.INFO" in str(desk.health_check()["unknown"])
+            assert promptly(began)
         finally:
             errand.close()
-        assert "iolation" not in server.log.read_text()
 
 
 @pytest.fixture
@@ -433,6 +442,7 @@ def claims_heard(bridge: Bridge) -> set[int]:
     return {number for number, one in subscriptions.items() if one.subject.startswith("$JS.ACK")}
 
 
+@pytest.mark.needs_nats(Feature("streams that a reload of users leaves alone", (2, 10, 0), ""))
 @pytest.mark.parametrize("mode", ["pull", "push"])
 def test_what_is_taken_away_while_it_runs_and_given_back(
     names: Names,

@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 
 from celery_jetstream import JetStream
 from celery_jetstream.bridge import Bridge
+from celery_jetstream.capabilities import FILTER_SUBJECTS
 from celery_jetstream.cli_provision import provision
 from celery_jetstream.exceptions import DriftError
 from tests.conftest import Names
@@ -168,6 +169,7 @@ def test_a_source_that_came_later_is_found_without_asking(
     errand.run(2)
 
 
+@pytest.mark.needs_nats(FILTER_SUBJECTS)
 def test_consumers_that_may_be_missing_are_not_missed(
     nats_server: NatsServer,
     make_errand: Callable[..., Errand],
@@ -211,7 +213,9 @@ def test_an_admin_has_credentials_of_its_own(
 ) -> None:
     caplog.set_level(logging.DEBUG)
     desk = make_errand(
-        f"nats://us:{SECRET}-us@127.0.0.1:{two_users.port}", auto_provision=False
+        f"nats://us:{SECRET}-us@127.0.0.1:{two_users.port}",
+        auto_provision=False,
+        connect_retry_delay=0.1,
     ).desk
     denied = run(desk, status=1)
     assert "Error: the NATS user may not publish to $JS.API.STREAM.INFO." in denied.output
