@@ -59,7 +59,8 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(?!celery_jetstream\b).*"),
     # types of attributes that are no business of users
-    ("py:class", r"celery_jetstream\..*\.(Config|Connection|Handlers|Headers|PayloadType|Publisher|F|T)"),
+    ("py:class", r"celery_jetstream\..*\.(Config|Connection|Handlers|Headers|F|T)"),
+    ("py:class", r"celery_jetstream\..*\.(PayloadType|Publisher)"),
 ]
 
 #: What stands beside the pages: caption and pages of each part. A new page of a folder is in.
