@@ -25,7 +25,7 @@ from . import signals
 from .acks import PAUSE_HEADER, is_claim, keep_in_progress
 from .deadletter import Original, fetch_original
 from .delivery import Delivery
-from .dispatcher import Dispatcher, depth
+from .dispatcher import Dispatcher
 from .exceptions import (
     CeleryJetStreamError,
     ConfigurationError,
@@ -533,7 +533,7 @@ class Bridge:
             lost = self._flights.overdue(now)
             queues = self._flights.queues_to_check()
         for queue in queues:
-            waiting = depth(self.app, queue)
+            waiting = self._dispatcher.depth(queue)
             with self._lock:
                 found = self._flights.found(queue, waiting, time.monotonic())
             lost += [flight for flight in found if flight not in lost]  # it may be overdue as well

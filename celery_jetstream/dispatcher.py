@@ -136,6 +136,10 @@ class Dispatcher:
         with self._app.connection_for_write() as connection, connection.channel():
             pass
 
+    def depth(self, queue: str) -> int:
+        """As :func:`depth`."""
+        return depth(self._app, queue)
+
     def close(self) -> None:
         """Drops the broker connection; does not wait for the broker."""
         producer, self._producer = self._producer, None
