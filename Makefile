@@ -5,7 +5,7 @@ PYTHON3 ?= python3
 ROUNDS ?= 20
 ARGS ?=
 # Three processes on two cores: half of a test is waiting. A file's tests share servers and workers, so it is not split.
-PARALLEL ?= -n 3 --dist loadfile
+PARALLEL ?= -n 3 --dist loadfile --no-loadscope-reorder
 
 PYTHON := .venv/bin/python
 READY := .venv/.ready
@@ -54,8 +54,9 @@ oldest: $(OLDEST)/.ready ## the settlement suite on the oldest Celery and nats-p
 old: $(READY) ## a part of the tests on the oldest nats-server; ARGS="tests" for all of them
 	@$(PYTHON) -m pytest --nats-server=old -n 2 --dist loadfile $(or $(ARGS),$(ON_OLD_SERVER))
 
-crash: $(READY) ## the crash tests, ROUNDS times each
+crash: $(READY) ## the crash tests, ROUNDS times each, and what is left out of `make test`
 	@$(PYTHON) -m pytest tests/crash --rounds=$(ROUNDS) --timeout=0 $(ARGS)
+	@$(if $(ARGS),,$(PYTHON) -m pytest tests/integration -m soak --rounds=2)
 
 bench: $(READY) ## figures, beside the peers'; ARGS="--only outbox"
 	@$(MAKE) $(PEERS)/.ready || echo "bench: the peers cannot be installed here and are left out"

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from celery import Celery, _state
 from hypothesis import settings
 
+import celery_jetstream.tasks  # noqa: F401 - the library's own
 from celery_jetstream import capabilities
 from tests.databases import Database
 from tests.servers import (
@@ -32,8 +36,9 @@ __all__ = ("Names", "wait_until")
 # No deadlines for examples: a busy machine is no defect. (Under CI it has a profile of its own.)
 settings.register_profile("default", settings.get_profile("default"), deadline=None)
 
-# The quick ones say first what is broken; within a folder the order is random.
-FOLDERS = ("unit", "contract", "integration", "crash")
+# The quick ones say first what is broken, and the longest are not what all others have to be waited
+# for with; within a file the order is random.
+FOLDERS = ("unit", "crash", "integration")
 TESTS = Path(__file__).parent
 
 
@@ -74,7 +79,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    items.sort(key=_rank)
+    sizes = Counter(item.path for item in items)
+    items.sort(key=lambda item: (*_rank(item), -sizes[item.path], str(item.path)))
     many_rounds = config.getoption("--rounds") > 1
     for item in items:
         if many_rounds and "crash" in item.path.parts:
@@ -88,13 +94,43 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _rank(item: pytest.Item) -> tuple[int, bool]:
-    """Chaos, which takes longest, is not to be what all others have to be waited for with."""
+    """Of its folder, and within it: chaos takes longest of all."""
     return _folder_rank(item), item.path.name != "test_chaos.py"
 
 
 def _folder_rank(item: pytest.Item) -> int:
     folder = item.path.relative_to(TESTS).parts[0] if item.path.is_relative_to(TESTS) else ""
     return FOLDERS.index(folder) if folder in FOLDERS else len(FOLDERS)
+
+
+# What a module of tests shares (handlers) is every later app's as well: only its own tests are to
+# have it. What Celery and the library share is there from the beginning.
+Celery(set_as_current=False).finalize()
+_shared_by: dict[Path, set[Any]] = {}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Any:
+    before = set(_state._on_app_finalizers)
+    report = yield
+    if isinstance(collector, pytest.Module):
+        _shared_by[collector.path] = _state._on_app_finalizers - before
+        _state._on_app_finalizers.intersection_update(before)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Any:
+    """Around a test: its module's handlers; and logging as it was, whatever Celery has set up."""
+    before, root = set(_state._on_app_finalizers), logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    _state._on_app_finalizers |= _shared_by.get(item.path, set())
+    try:
+        return (yield)
+    finally:
+        _state._on_app_finalizers.intersection_update(before)
+        root.setLevel(level)
+        root.handlers[:] = handlers
 
 
 @pytest.fixture(autouse=True)

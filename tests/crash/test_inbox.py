@@ -147,6 +147,7 @@ def wait_depth(bank: Bank, least: int, what: str) -> None:
     wait_until(lambda: faults.depth(bank) >= least, 30, what)
 
 
+@pytest.mark.soak
 def test_one_message_delivered_to_two_bridges(make_bank: MakeBank, rounds: int) -> None:
     """One stands still for longer than ack_wait: what it has dispatched, the other does too."""
     bank = make_bank()
@@ -166,6 +167,7 @@ def test_one_message_delivered_to_two_bridges(make_bank: MakeBank, rounds: int) 
     assert bank.refused() >= rounds, "no second copy came to a worker"
 
 
+@pytest.mark.soak
 def test_ids_that_a_restart_forgot_come_again(
     make_bank: MakeBank, own_nats: NatsServer, rounds: int
 ) -> None:
@@ -241,6 +243,7 @@ def test_the_database_is_away_for_ten_times_the_retry_span(
         assert {row.deliveries for row in rows} == {1}, "what waits in the worker came again"
 
 
+@pytest.mark.soak
 def test_deploys_cost_no_attempt(make_bank: MakeBank) -> None:
     """One attempt is allowed, and three workers come and go with all that they hold."""
     bank = make_bank(jetstream_max_deliver=1)

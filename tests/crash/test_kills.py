@@ -38,7 +38,7 @@ def start(stack: Stack) -> tuple[CeleryProcess, CeleryProcess]:
 # -- kill -9 -------------------------------------------------------------------------------------
 
 
-@in_both_modes
+@in_both_modes_soak
 def test_pool_child(make_stack: Any, rounds: int, direct: bool) -> None:
     """What it had returned is acked again, sooner than ack_wait on the slowest machine."""
     stack = make_stack(direct=direct, **{**faults.SETTINGS, "jetstream_ack_wait": 10})
@@ -89,6 +89,7 @@ def test_bridge(make_stack: Any, rounds: int) -> None:
         faults.nothing_lost(stack, events, "kill -9 of a bridge")
 
 
+@pytest.mark.soak
 def test_one_of_two_bridges(make_stack: Any, rounds: int) -> None:
     stack = make_stack(**faults.SETTINGS)
     one, _ = start(stack)
@@ -101,7 +102,7 @@ def test_one_of_two_bridges(make_stack: Any, rounds: int) -> None:
         one, other = other, stack.bridge()
 
 
-@in_both_modes
+@in_both_modes_soak
 def test_nats_server(make_stack: Any, own_nats: NatsServer, rounds: int, direct: bool) -> None:
     stack = make_stack(direct=direct, nats_url=own_nats.url, **faults.SETTINGS)
     stack.start()
@@ -144,6 +145,7 @@ def test_flushall(make_stack: Any, own_redis: RedisServer, rounds: int) -> None:
     assert set(faults.num_delivered(stack)) == {1}
 
 
+@pytest.mark.soak
 def test_redis(make_stack: Any, own_redis: RedisServer, rounds: int) -> None:
     """A worker of Celery 5.7 may end when its Redis does; a process manager starts it again."""
     stack = make_stack(broker=own_redis.url, **faults.SETTINGS)

@@ -110,6 +110,7 @@ def at(point: str, nth: int, dice: random.Random, number: int = signal.SIGKILL) 
     return {"point": point, "nth": nth, "seconds": dice.uniform(0, 0.01), "signal": number}
 
 
+@pytest.mark.soak
 def test_two_flushers_are_killed(
     own_database: Database,
     make_shop: MakeShop,
@@ -180,7 +181,7 @@ def test_flusher_stands_still_for_longer_than_its_lease(
 # -- servers killed --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["postgresql", "mariadb"])
+@pytest.mark.parametrize("kind", ["postgresql", pytest.param("mariadb", marks=pytest.mark.soak)])
 def test_servers_are_killed(
     kind: str, make_shop: MakeShop, own_nats: NatsServer, dice: random.Random, rounds: int
 ) -> None:

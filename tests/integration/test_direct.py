@@ -219,7 +219,11 @@ def test_on_rabbitmq(make_direct: Any, rabbit_server: RabbitServer) -> None:
     handled_once(stack, events)
 
 
-@pytest.mark.parametrize("options", [(), ("--without-broker",)], ids=["broker", "no broker"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param((), marks=pytest.mark.soak), ("--without-broker",)],
+    ids=["broker", "no broker"],
+)
 def test_children_come_and_go(make_direct: Any, options: tuple[str, ...]) -> None:
     """``--autoscale`` and ``--max-tasks-per-child``."""
     stack = make_direct()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from celery import Celery, _state, current_app
+from celery import Celery, current_app
 from celery.exceptions import Ignore, Reject
 from celery.utils.dispatch import Signal
 from sqlalchemy import Engine, create_engine, text
@@ -75,9 +75,6 @@ def handle(what: str, payload: Any) -> Any:
     return what
 
 
-_before = set(_state._on_app_finalizers)
-
-
 @jetstream_handler("kit.plain.*", name="kit.plain", autoretry_for=(OSError,), bind=True)
 def plain(self: Any, event: Event) -> Any:
     return handle(self.request.id, event)
@@ -93,11 +90,6 @@ def once(event: Event, session: Any = None) -> Any:
     session.execute(text("INSERT INTO effects VALUES (:id)"), {"id": event.event_id})
     jetstream.outbox.add(session, event_type="effect.done", payload={"id": event.event_id})
     return handle("once", event)
-
-
-# What is shared is every later app's as well, and these are no business of other tests.
-app.finalize()
-_state._on_app_finalizers.intersection_update(_before)
 
 
 @pytest.fixture

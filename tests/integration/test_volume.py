@@ -20,7 +20,7 @@ EVENTS = 2000
 SLOWEST = 25
 
 
-@pytest.fixture(params=["redis", "rabbitmq"])
+@pytest.fixture(params=["redis", pytest.param("rabbitmq", marks=pytest.mark.soak)])
 def broker(request: pytest.FixtureRequest) -> str:
     name = {"redis": "redis_server", "rabbitmq": "rabbit_server"}[request.param]
     server: RedisServer | RabbitServer = request.getfixturevalue(name)
