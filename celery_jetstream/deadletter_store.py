@@ -24,7 +24,12 @@ from .connection import Connection
 from .deadletter import NO_MESSAGE_FOUND, original_of
 from .deadletter_filter import DeadLetterFilter
 from .envelopes import read_produced_at
-from .exceptions import ConnectionRefusedByServer, NotConnectedError, TopologyError
+from .exceptions import (
+    ConnectionRefusedByServer,
+    NotConnectedError,
+    PermissionDeniedError,
+    TopologyError,
+)
 from .letters import StoredDeadLetter, read_letter
 from .session import Session
 
@@ -98,6 +103,10 @@ class DeadLetterStore:
             span = _next_span(span, found, size)
             place = reached
 
+    def still_there(self, letters: Sequence[StoredDeadLetter]) -> Letters:
+        """Those that nobody has deleted since they were read."""
+        return self._patiently(self._pick, [letter.sequence for letter in letters])
+
     def remove(self, sequences: Sequence[int]) -> None:
         """Deletes those with these numbers; one that is gone already is no error.
 
@@ -112,10 +121,10 @@ class DeadLetterStore:
         while True:
             try:
                 return self._connection.run(function, *args)
-            except ConnectionRefusedByServer:
-                raise
-            except NotConnectedError as error:
-                if time.monotonic() >= until or isinstance(error, _Denied):
+            except (ConnectionRefusedByServer, PermissionDeniedError):
+                raise  # waiting does not help
+            except NotConnectedError:
+                if time.monotonic() >= until:
                     raise
             time.sleep(PAUSE)
 
@@ -199,16 +208,7 @@ class DeadLetterStore:
         raise self._fault(f"delete the dead letter {sequence}", problem)
 
     async def _ask(self, session: Session, subject: str, request: dict[str, Any]) -> dict[str, Any]:
-        try:
-            answer = await session.ask(subject, json.dumps(request).encode(), timeout=ASK_TIMEOUT)
-        except NotConnectedError as error:
-            if not session.denied:
-                raise
-            raise _Denied(
-                f"{error}; NATS denies this user something: dead letters need to publish to "
-                f"{self._info} and {self._get}, to {self._delete} for redrive and purge, and for "
-                "redrive to where the events go"
-            ) from error
+        answer = await session.ask(subject, json.dumps(request).encode(), timeout=ASK_TIMEOUT)
         found: dict[str, Any] = json.loads(answer.data)
         return found
 
@@ -217,10 +217,6 @@ class DeadLetterStore:
         if problem.get("err_code") == STREAM_NOT_FOUND:
             return TopologyError(f"{told}: run `jetstream provision`", stream=self._stream)
         return NotConnectedError(told)
-
-
-class _Denied(NotConnectedError):
-    """Waiting does not help."""
 
 
 def _next_span(span: int, found: Sequence[StoredDeadLetter], size: int) -> int:
