@@ -20,7 +20,7 @@ from .config import Config
 from .connection import Connection
 from .deadletter import Original
 from .delivery import Delivery
-from .exceptions import NotConnectedError
+from .exceptions import NotConnectedError, PublishError
 from .publisher import Message, Publisher
 from .settlement import Ack, DeadLetter, Nak, Settlement
 
@@ -128,7 +128,7 @@ class Settler:
                 return
             await self._publish(delivery, end, original, handler)
         except Exception as error:
-            if not isinstance(error, NotConnectedError):
+            if not isinstance(error, (NotConnectedError, PublishError)):
                 fields = _fields(delivery, end, handler)
                 logger.exception("dead letter of %s failed", delivery.task_id, extra=fields)
             self._again(delivery, end, str(error), handler)

@@ -28,6 +28,7 @@ from celery_jetstream.delivery import Delivery
 from celery_jetstream.exceptions import (
     ConfigurationError,
     ConnectionRefusedByServer,
+    NotConnectedError,
     PermissionDeniedError,
 )
 from celery_jetstream.outcomes import Verdict
@@ -295,6 +296,9 @@ def test_an_event_that_may_not_be_published(
     assert f"the NATS user may not publish to {subject}: " in str(results[-1].error)
     assert "--print-permissions" in str(results[-1].error)
     assert not jetstream.connection.run(jetstream.connection.session)._waiting
+    task = jetstream.app.tasks["celery_jetstream.publish_event"]
+    with pytest.raises(NotConnectedError, match="may not publish to"):  # it is retried for ever
+        task(event_type="a", payload={})
     with jetstream.outbox.database.engine.begin() as connection:
         create_outbox(connection)
         for number in range(3):
@@ -349,6 +353,7 @@ def test_a_dead_letter_that_may_not_be_kept_comes_again(
     wait_until(lambda: "could not be published" in caplog.text, 5, "it to be said")
     assert f"may not publish to {subject}" in caplog.text
     assert "it comes again" in caplog.text
+    assert "Traceback" not in caplog.text
 
 
 def test_a_user_who_may_not_hear_what_is_given_up_is_told_once(
