@@ -107,13 +107,16 @@ class DeadLetterStore:
         """Those that nobody has deleted since they were read."""
         return self._patiently(self._pick, [letter.sequence for letter in letters])
 
-    def remove(self, sequences: Sequence[int]) -> None:
+    def remove(self, sequences: Sequence[int]) -> int:
         """Deletes those with these numbers; one that is gone already is no error.
+
+        Returns:
+            How many were not.
 
         Raises:
             NotConnectedError: an outage, or the server refuses.
         """
-        self._patiently(self._remove, sequences)
+        return self._patiently(self._remove, sequences)
 
     def _patiently(self, function: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> T:
         """Runs it in the loop thread, again while there is an outage, for :data:`PATIENCE`."""
@@ -193,18 +196,18 @@ class DeadLetterStore:
             return None
         raise self._fault("read dead letters", problem)
 
-    async def _remove(self, sequences: Sequence[int]) -> None:
+    async def _remove(self, sequences: Sequence[int]) -> int:
         session = await self._connection.session(ASK_TIMEOUT)
-        await asyncio.gather(*(self._remove_one(session, one) for one in sequences))
+        return sum(await asyncio.gather(*(self._remove_one(session, one) for one in sequences)))
 
-    async def _remove_one(self, session: Session, sequence: int) -> None:
+    async def _remove_one(self, session: Session, sequence: int) -> bool:
         request = {"seq": sequence, "no_erase": True}
         problem = (await self._ask(session, self._delete, request)).get("error")
         if not problem:
-            return
+            return True
         gone = problem.get("err_code") in (NOT_DELETED, NO_MESSAGE_FOUND)
         if gone and await self._read(session, {"seq": sequence}) is None:
-            return
+            return False
         raise self._fault(f"delete the dead letter {sequence}", problem)
 
     async def _ask(self, session: Session, subject: str, request: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -254,6 +254,20 @@ def test_what_dies_while_it_runs_is_not_sent_again_by_the_same_redrive(desk: Des
     assert rounds > 1
 
 
+def test_a_purge_counts_what_it_has_deleted_and_not_what_another_did(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.bury(count=3)
+    remove = desk.letters.store.remove
+
+    def after_another(sequences: Sequence[int]) -> int:
+        assert remove(sequences[:2]) == 2
+        return remove(sequences)
+
+    monkeypatch.setattr(desk.letters.store, "remove", after_another)
+    assert desk.letters.purge(EVERY_LETTER).purged == 1
+
+
 def test_filters_limits_and_stopping(desk: Desk) -> None:
     desk.bury("order.placed", 6)
     desk.bury("user.created", 4)
@@ -272,6 +286,7 @@ def test_filters_limits_and_stopping(desk: Desk) -> None:
     assert letters.purge(EVERY_LETTER, stop=lambda: True).error == "stopped"
     assert letters.purge(EVERY_LETTER, limit=1).purged == 1
     assert letters.purge(orders).purged == 1
+    assert letters.purge(EVERY_LETTER, limit=0).purged == 0
     assert letters.count().by_event_type == {"user.created": 4}
 
 
