@@ -145,7 +145,7 @@ def operator(config: Config, consumers: Sequence[ConsumerSpec]) -> Role:
     )
     needs = (
         _answers(config),
-        Need("status", "jetstream status, and what shows the same", looking),
+        Need("status", "jetstream status; with what the app itself may, jetstream doctor", looking),
         Need(
             "reading",
             "jetstream dlq: list, show, export, count",
