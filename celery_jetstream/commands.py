@@ -243,8 +243,9 @@ def filter_of(options: dict[str, Any]) -> Any:
 
 
 def echo_json(value: Any) -> None:
-    """One line of JSON."""
-    click.echo(json.dumps(value, ensure_ascii=False))
+    """One line of JSON; what is no UTF-8, a lone surrogate, as its escape."""
+    text = json.dumps(value, ensure_ascii=False)
+    click.echo(text.encode(errors="backslashreplace").decode())
 
 
 def plain(text: str) -> str:

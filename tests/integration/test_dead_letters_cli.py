@@ -79,6 +79,10 @@ def test_what_others_wrote_gives_a_terminal_no_orders(desk: Desk) -> None:
         assert all(one.isprintable() or one == "\n" for one in text), text
     assert "line one\nline two\\x1b[2J" in texts[2]
     assert json.loads(desk.run("list", "--json").stdout)[0]["error_class"] == f"E{evil}"
+    desk.put(b'{"payload": "\\ud800"}', {})
+    third = str(desk.json("list")[-1]["sequence"])
+    assert "\\ud800" in desk.run("show", third).stdout
+    assert desk.json("show", third)["body"] == {"payload": "\ud800"}
 
 
 def test_export(desk: Desk, tmp_path: Path) -> None:
