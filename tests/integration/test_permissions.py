@@ -354,6 +354,7 @@ def test_a_dead_letter_that_may_not_be_kept_comes_again(
     assert f"may not publish to {subject}" in caplog.text
     assert "it comes again" in caplog.text
     assert "Traceback" not in caplog.text
+    assert "dead_letter_waits" in [s["code"] for s in jetstream.health_check()["states"]]
 
 
 def test_a_user_who_may_not_hear_what_is_given_up_is_told_once(
