@@ -490,11 +490,14 @@ def test_what_is_taken_away_while_it_runs_and_given_back(
                 said = f"{missing.split()[0]}: have that allowed"
                 wait_until(lambda said=said: said in caplog.text, 20, said)
                 deaf = claims_heard(bridge) if missing.startswith("$JS.ACK") else set()
+                if deaf:
+                    assert said in str(bridge.tell()["trouble"])
                 reload(run, admin)
                 if deaf:
                     wait_until(lambda deaf=deaf: claims_heard(bridge) != deaf, 20, "ears")
                 # while it reloads, a server may refuse who has done nothing
                 wait_until(lambda: bool(errand.hub.publish("parcel.sent", {})), 20, "a parcel")
+                wait_until(lambda: not bridge.tell()["trouble"], 20, "health to be well again")
                 errand._settle(worker, 1, [])
                 wait_until(lambda: not bridge._flights.replies, 20, "the worker to be heard")
         finally:
