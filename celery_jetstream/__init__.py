@@ -39,12 +39,21 @@ if not TYPE_CHECKING:  # else any name would do
 
     def __getattr__(name: str) -> Any:
         if name not in __all__:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            return _module(name)
         from . import delivery, events, exceptions, extension, handlers, settlement, tasks, upcasts
 
         for home in (delivery, events, exceptions, extension, handlers, settlement, tasks, upcasts):
             globals().update({each: vars(home)[each] for each in __all__ if each in home.__all__})
         return globals()[name]
+
+    def _module(name: str) -> Any:
+        """``celery_jetstream.signals``, without an import of its own."""
+        from importlib import import_module, util
+
+        full = f"{__name__}.{name}"
+        if name.startswith("_") or util.find_spec(full) is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return import_module(full)
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})

@@ -112,6 +112,7 @@ class Bridge:
         self._tasks: list[asyncio.Task[None]] = []
         self._broker_down = False
         self._broker_error: str | None = None
+        self._deaf = (float("-inf"), "")  # when it was denied to hear claims, and what was said
         self._broker_heard = time.monotonic()
         self._prove_broker = False
         self._phase = "starting"
@@ -128,6 +129,8 @@ class Bridge:
         """How it is, as plain values (docs/reference/health.md); does not wait."""
         now, asked = time.monotonic(), self._asked_broker
         troubles = [trouble for intake in self._intakes if (trouble := intake.trouble)]
+        deaf_at, deaf = self._deaf
+        deaf = deaf if now - deaf_at < 2 * DENIED_PAUSE else ""
         turned = {name: round(now - at, 1) for name, at in self._turned.items()}
         if asked is not None:
             turned["dispatcher"] = 0.0  # it waits for the broker
@@ -137,7 +140,7 @@ class Bridge:
         return {
             "phase": self._phase,
             "pulling": bool(self._intakes) and not troubles,
-            "trouble": "; ".join(troubles) or None,
+            "trouble": "; ".join(filter(None, (*troubles, deaf))) or None,
             "broker": {
                 "up": not self._broker_down,
                 "error": self._broker_error,
@@ -328,7 +331,8 @@ class Bridge:
         """Again and again where our user may not (any more): the session has said so."""
         loop, heard = asyncio.get_running_loop(), list[Subscription]()
 
-        def again(_: PermissionDeniedError) -> None:
+        def again(error: PermissionDeniedError) -> None:
+            self._deaf = time.monotonic(), str(error)
             loop.call_later(DENIED_PAUSE, lambda: loop.create_task(listen()))
 
         async def listen() -> None:

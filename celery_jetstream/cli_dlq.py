@@ -21,6 +21,7 @@ from .commands import (
     dead_letters_of,
     duration,
     echo_json,
+    plain,
     progress_of,
     stop_on_signals,
 )
@@ -138,9 +139,9 @@ def show(ctx: click.Context, id: str, as_json: bool, app_name: str | None, **_: 
     body, error = values.pop("body"), values.pop("error_message")
     for name, value in values.items():
         text = ", ".join(value) if isinstance(value, list) else value
-        click.echo(f"{name:18} {'-' if text in (None, '') else text}")
-    click.echo(f"\nerror_message\n{error or '-'}")
-    click.echo(f"\nbody\n{json.dumps(body, indent=2, ensure_ascii=False)}")
+        click.echo(plain(f"{name:18} {'-' if text in (None, '') else text}"))
+    click.echo(plain(f"\nerror_message\n{error or '-'}"))
+    click.echo(plain(f"\nbody\n{json.dumps(body, indent=2, ensure_ascii=False)}"))
 
 
 @dlq.command(cls=CeleryCommand)
@@ -165,7 +166,7 @@ def count(ctx: click.Context, as_json: bool, **options: Any) -> None:
         if found := getattr(counts, f"by_{name}"):
             click.echo(name)
             for word, number in found.items():
-                click.echo(f"{number:8}  {word or '-'}")
+                click.echo(f"{number:8}  {plain(word) or '-'}")
 
 
 @dlq.command(cls=CeleryCommand)
@@ -361,7 +362,7 @@ def _echo_redriven(result: Any, dry_run: bool) -> None:
     if result.skipped:
         click.echo(f"{result.skipped} dead letters skipped, and kept:")
     for problem in result.problems:
-        click.echo(f"  {problem}")
+        click.echo(f"  {plain(problem)}")
     if result.error:
         click.echo(f"ended early ({result.error}); give the command again to go on")
 

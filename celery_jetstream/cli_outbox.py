@@ -332,5 +332,5 @@ def _status_lines(found: dict[str, Any]) -> Iterator[str]:
         for owner, count in found["leases"].items():
             yield f"{count} buckets leased by {owner}"
     for name, error in found["breaker"]["subjects"].items():
-        yield f"no stream takes {name}: {error}"
+        yield f"{name} is left alone: {error}"
     yield "healthy" if found["healthy"] else "not healthy"

@@ -72,8 +72,8 @@ def _of_nats(found: dict[str, Any]) -> Iterator[str]:
     else:
         yield f"connection  none: {', '.join(connection['urls'])}"
     if server["version"]:
-        level = server["api_level"] or "none, so older than 2.11"
-        yield f"server      {server['name']}, nats-server {server['version']}, API level {level}"
+        level = _text(", API level {}", server["api_level"])  # older than 2.11: none
+        yield f"server      {server['name']}, nats-server {server['version']}{level}"
         for lack in server["lacks"]:
             yield f"            no {lack['feature']} (from {lack['since']} on): {lack['instead']}"
     if stream["exists"]:

@@ -35,6 +35,7 @@ __all__ = (
     "jetstream_of",
     "moment",
     "outbox_of",
+    "plain",
     "progress_of",
     "stop_on_signals",
 )
@@ -242,12 +243,23 @@ def filter_of(options: dict[str, Any]) -> Any:
 
 
 def echo_json(value: Any) -> None:
-    """One line of JSON."""
-    click.echo(json.dumps(value, ensure_ascii=False))
+    """One line of JSON; what is no UTF-8, a lone surrogate, as its escape."""
+    text = json.dumps(value, ensure_ascii=False)
+    click.echo(text.encode(errors="backslashreplace").decode())
+
+
+def plain(text: str) -> str:
+    """For a terminal: what others wrote in events and errors gives it no orders."""
+    return "".join(c if c.isprintable() or c == "\n" else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 def cut(text: str, width: int) -> str:
-    """As wide as a column is."""
+    """As wide as a column is, and plain."""
+    text = plain(text)
     return f"{text:{width}}" if len(text) <= width else f"{text[: width - 1]}…"
 
 

@@ -21,6 +21,9 @@ from .redrive import Redrive, RedriveResult, who
 
 __all__ = ("DeadLetters",)
 
+#: Seconds for which what was read of the dead letters is believed.
+FRESH = 0.5
+
 
 class DeadLetters(DeadLetterAdmin):
     """The dead letters of one app. Thread-safe; fork-safe.
@@ -101,26 +104,33 @@ class DeadLetters(DeadLetterAdmin):
         Raises:
             SubjectError: ``subject`` is none that can be published to.
             TopologyError: there is no stream.
+            ValueError: ``rate`` or ``limit`` is none.
         """
+        _check(rate, limit)
         run = self._run(subject, by, max_redrives, force, dry_run)
+        chosen = DeadLetterFilter.of(chosen)
         size = PAGE if rate is None else max(1, min(PAGE, int(rate / 10)))
         size = size if limit is None else min(size, limit)
-        pages = self.store.pages(
-            DeadLetterFilter.of(chosen), size=size, progress=None if limit else progress
-        )
-        start = time.monotonic()
+        pages = self.store.pages(chosen, size=size, progress=None if limit else progress)
+        due = time.monotonic()
         try:
             for page, reached in pages:
+                read = time.monotonic()
                 for some in run.parts(page, size, limit):
+                    if time.monotonic() - read > FRESH:  # perhaps purged, or redriven by another
+                        some = self.store.still_there(some)
                     if stop():
                         return run.ended("stopped")
+                    before, began = run.result.redriven, time.monotonic()
                     run.send(some)
                     if progress and limit:
                         progress(run.done, limit)
                     if run.result.error or run.done == limit:
                         return run.result
                     if rate and not dry_run:
-                        _keep_pace(start + run.result.redriven / rate, stop)
+                        # what a pause has cost is not made up for, but for one part
+                        due = max(due, began - size / rate) + (run.result.redriven - before) / rate
+                        _keep_pace(due, stop)
                 run.reached(reached)
         except (NotConnectedError, DatabaseUnavailableError) as error:
             return run.ended(str(error))
@@ -207,6 +217,13 @@ def _own_id(body: bytes) -> str:
         return events.decode(body).event_id
     except DecodeError:
         return ""
+
+
+def _check(rate: Any, limit: Any) -> None:
+    if rate is not None and not (isinstance(rate, (int, float)) and rate > 0):
+        raise ValueError(f"rate must be a number of events a second above 0, not {rate!r}")
+    if limit is not None and not (isinstance(limit, int) and limit >= 0):
+        raise ValueError(f"limit must be a number of events, not {limit!r}")
 
 
 def _keep_pace(until: float, stop: Callable[[], bool]) -> None:

@@ -155,10 +155,9 @@ class DeadLetterAdmin:
                     error = "stopped"
                     break
                 page = page if limit is None else page[: limit - purged]
-                if not dry_run:
-                    self.store.remove([letter.sequence for letter in page])
-                purged += len(page)
-                last = page[-1].sequence if purged == limit else reached
+                found = [letter.sequence for letter in page]
+                purged += len(found) if dry_run else self.store.remove(found)
+                last = page[-1].sequence if page and purged == limit else reached
                 if purged == limit:
                     break
         except NotConnectedError as problem:

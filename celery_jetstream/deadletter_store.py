@@ -24,7 +24,12 @@ from .connection import Connection
 from .deadletter import NO_MESSAGE_FOUND, original_of
 from .deadletter_filter import DeadLetterFilter
 from .envelopes import read_produced_at
-from .exceptions import ConnectionRefusedByServer, NotConnectedError, TopologyError
+from .exceptions import (
+    ConnectionRefusedByServer,
+    NotConnectedError,
+    PermissionDeniedError,
+    TopologyError,
+)
 from .letters import StoredDeadLetter, read_letter
 from .session import Session
 
@@ -98,13 +103,20 @@ class DeadLetterStore:
             span = _next_span(span, found, size)
             place = reached
 
-    def remove(self, sequences: Sequence[int]) -> None:
+    def still_there(self, letters: Sequence[StoredDeadLetter]) -> Letters:
+        """Those that nobody has deleted since they were read."""
+        return self._patiently(self._pick, [letter.sequence for letter in letters])
+
+    def remove(self, sequences: Sequence[int]) -> int:
         """Deletes those with these numbers; one that is gone already is no error.
+
+        Returns:
+            How many were not.
 
         Raises:
             NotConnectedError: an outage, or the server refuses.
         """
-        self._patiently(self._remove, sequences)
+        return self._patiently(self._remove, sequences)
 
     def _patiently(self, function: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> T:
         """Runs it in the loop thread, again while there is an outage, for :data:`PATIENCE`."""
@@ -112,10 +124,10 @@ class DeadLetterStore:
         while True:
             try:
                 return self._connection.run(function, *args)
-            except ConnectionRefusedByServer:
-                raise
-            except NotConnectedError as error:
-                if time.monotonic() >= until or isinstance(error, _Denied):
+            except (ConnectionRefusedByServer, PermissionDeniedError):
+                raise  # waiting does not help
+            except NotConnectedError:
+                if time.monotonic() >= until:
                     raise
             time.sleep(PAUSE)
 
@@ -184,31 +196,22 @@ class DeadLetterStore:
             return None
         raise self._fault("read dead letters", problem)
 
-    async def _remove(self, sequences: Sequence[int]) -> None:
+    async def _remove(self, sequences: Sequence[int]) -> int:
         session = await self._connection.session(ASK_TIMEOUT)
-        await asyncio.gather(*(self._remove_one(session, one) for one in sequences))
+        return sum(await asyncio.gather(*(self._remove_one(session, one) for one in sequences)))
 
-    async def _remove_one(self, session: Session, sequence: int) -> None:
+    async def _remove_one(self, session: Session, sequence: int) -> bool:
         request = {"seq": sequence, "no_erase": True}
         problem = (await self._ask(session, self._delete, request)).get("error")
         if not problem:
-            return
+            return True
         gone = problem.get("err_code") in (NOT_DELETED, NO_MESSAGE_FOUND)
         if gone and await self._read(session, {"seq": sequence}) is None:
-            return
+            return False
         raise self._fault(f"delete the dead letter {sequence}", problem)
 
     async def _ask(self, session: Session, subject: str, request: dict[str, Any]) -> dict[str, Any]:
-        try:
-            answer = await session.ask(subject, json.dumps(request).encode(), timeout=ASK_TIMEOUT)
-        except NotConnectedError as error:
-            if not session.denied:
-                raise
-            raise _Denied(
-                f"{error}; NATS denies this user something: dead letters need to publish to "
-                f"{self._info} and {self._get}, to {self._delete} for redrive and purge, and for "
-                "redrive to where the events go"
-            ) from error
+        answer = await session.ask(subject, json.dumps(request).encode(), timeout=ASK_TIMEOUT)
         found: dict[str, Any] = json.loads(answer.data)
         return found
 
@@ -217,10 +220,6 @@ class DeadLetterStore:
         if problem.get("err_code") == STREAM_NOT_FOUND:
             return TopologyError(f"{told}: run `jetstream provision`", stream=self._stream)
         return NotConnectedError(told)
-
-
-class _Denied(NotConnectedError):
-    """Waiting does not help."""
 
 
 def _next_span(span: int, found: Sequence[StoredDeadLetter], size: int) -> int:

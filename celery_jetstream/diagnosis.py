@@ -210,6 +210,11 @@ def _too_big(report: Report) -> Iterator[State]:
         )
 
 
+def _not_kept(report: Report) -> Iterator[State]:
+    if error := report["not_kept"]:
+        yield State("dead_letter_waits", f"a dead letter could not be stored: {error}")
+
+
 # -- outbox and inbox ------------------------------------------------------------------------------
 
 
@@ -248,6 +253,6 @@ def _outbox(report: Report) -> Iterator[State]:
 
 _LOOKS: tuple[Callable[[Report], Iterator[State]], ...] = (
     *(_connection, _bridge, _worker, _paused, _relay),
-    *(_jetstream, _stream, _consumers, _dead_letters, _too_big),
+    *(_jetstream, _stream, _consumers, _dead_letters, _too_big, _not_kept),
     *(_databases, _outbox),
 )

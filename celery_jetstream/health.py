@@ -148,6 +148,7 @@ class Health:
             },
             "settlements_unconfirmed": jetstream.settler.pending,
             "too_big": jetstream.settler.too_big,
+            "not_kept": jetstream.settler.not_kept,
             "breaker": None if breaker is None else breaker.tell(),
             **{name: parts.get(name) for name in ("bridge", "direct", "relay", "worker")},
             "versions": _versions(session),

@@ -142,7 +142,7 @@ def read_letter(
     noted = context.get("stream_sequence")
     original = noted if noted is not None or not isinstance(where, dict) else where.get("stream")
     original_subject = context.get("original_subject")
-    original_subject = original_subject if isinstance(original_subject, str) else ""
+    original_subject = _text(original_subject) if isinstance(original_subject, str) else ""
     failed_at = _moment(context) or stored_at
     counted = (_number(found.get("x-redrives")), _number(context.get("redrives")))
     return StoredDeadLetter(
@@ -220,14 +220,16 @@ def _moment(context: dict[str, Any]) -> datetime | None:
     when = context.get("timestamp") or context.get("published_at")
     try:
         found = read_produced_at({"produced_at": when})
-    except DecodeError:
+        return found.astimezone(timezone.utc) if found else None
+    except (DecodeError, OverflowError):  # in the year 1, or 9999, with an offset
         return None
-    return found.astimezone(timezone.utc) if found else None
 
 
 def _text(value: object) -> str:
-    """Text, or a number as such; anything else is none."""
-    return str(value) if isinstance(value, (str, int, float)) else ""
+    """Text (a lone surrogate as its escape), or a number as such; anything else is none."""
+    if not isinstance(value, (str, int, float)):
+        return ""
+    return str(value).encode(errors="backslashreplace").decode()
 
 
 def _number(value: object) -> int:

@@ -46,7 +46,8 @@ class Verdict(str, Enum):
     QUEUED = "queued"
     """A row of the outbox, to be published."""
     DENIED = "denied"
-    """Our NATS user may not publish to the subject: tell who waits; a row waits until it may."""
+    """Our NATS user may not publish to the subject, or is not let in: tell who waits; a row waits
+    until it may."""
 
 
 TRANSIENT = frozenset({Verdict.OUTAGE, Verdict.NO_STREAM, Verdict.BEHIND})

@@ -8,6 +8,7 @@ Pure.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -144,7 +145,7 @@ def operator(config: Config, consumers: Sequence[ConsumerSpec]) -> Role:
     )
     needs = (
         _answers(config),
-        Need("status", "jetstream status, and what shows the same", looking),
+        Need("status", "jetstream status; with what the app itself may, jetstream doctor", looking),
         Need(
             "reading",
             "jetstream dlq: list, show, export, count",
@@ -261,15 +262,20 @@ def _block(verb: str, needs: Sequence[tuple[Need, tuple[str, ...]]]) -> list[str
         said.update(fresh)
         if fresh:
             lines.append(f"      # {need.name}: {need.why}")
-            lines += [f'      "{subject}"' for subject in fresh]
+            lines += [f"      {_quoted(subject)}" for subject in fresh]
     return [*lines, "    ] }"]
+
+
+def _quoted(subject: str) -> str:
+    """A stream's name may have quotation marks, which must not end the text here."""
+    return '"' + subject.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def as_nsc(roles: Sequence[Role]) -> str:
     """The same, as commands of ``nsc``."""
     return "\n".join(
         f"nsc add user --name {role.name} \\\n"
-        f"  --allow-pub '{','.join(role.publish)}' \\\n"
-        f"  --allow-sub '{','.join(role.subscribe)}'"
+        f"  --allow-pub {shlex.quote(','.join(role.publish))} \\\n"
+        f"  --allow-sub {shlex.quote(','.join(role.subscribe))}"
         for role in roles
     )

@@ -153,7 +153,7 @@ class Publisher:
             patience = ATTEMPT_TIMEOUT + len(messages) / 2000
             return await self._attempt(messages, None, timeout, patience)
         except ConnectionRefusedByServer as error:  # who waits for it is told at once
-            return [failed(message, Verdict.REFUSED, str(error)) for message in messages]
+            return [failed(message, Verdict.DENIED, str(error)) for message in messages]
         except NotConnectedError as error:
             return [failed(message, error) for message in messages]
 

@@ -158,6 +158,13 @@ class Redrive:
                 edited=edited,
                 to_gem=not self._is_own and not letter.is_ours,
             )
+            if self._is_own and not self._subject and not self._takes(message.subject):
+                raise SubjectError(
+                    f"{message.subject} is of no app in jetstream_sources or "
+                    "jetstream_destination_app: its event would wait there, and nobody takes it. "
+                    "Name its app there, or give the subject (--subject)",
+                    subject=message.subject,
+                )
             if message.subject in self._without_stream:
                 raise EventError(f"no stream takes its subject {message.subject}")
         except (EventError, SubjectError) as error:
@@ -165,18 +172,22 @@ class Redrive:
             return None
         return message
 
+    def _takes(self, subject: str) -> bool:
+        """Whether this app takes what comes there; no more, where an app got another name."""
+        return subject in self._letters.config.consume_subjects
+
     def _send(self, ready: Sequence[tuple[StoredDeadLetter, Message]]) -> None:
         if self._forget is not None:
             for event_id in filter(None, (letter.event_id for letter, _ in ready)):
                 self._forget(event_id)
         messages = [message for _, message in ready]
-        results, denied = self._letters.connection.run(self._publish, messages)
+        results = self._letters.connection.run(self._publisher.send, messages, TIMEOUT)
         stored = []
         for (letter, message), result in zip(ready, results, strict=True):
             if result.success:
                 stored.append((letter, message, result))
             else:
-                self._failed(letter, result, denied)
+                self._failed(letter, result)
         if not stored:
             return
         try:
@@ -186,22 +197,11 @@ class Redrive:
             return
         self._count(stored)
 
-    async def _publish(self, messages: Sequence[Message]) -> tuple[list[PublishResult], bool]:
-        """What became of each; and whether NATS has denied this user something."""
-        results = await self._publisher.send(messages, TIMEOUT)
-        if all(result.success for result in results):
-            return results, False
-        try:
-            return results, (await self._letters.connection.session(0.1)).denied
-        except NotConnectedError:
-            return results, False
-
-    def _failed(self, letter: StoredDeadLetter, result: PublishResult, denied: bool) -> None:
+    def _failed(self, letter: StoredDeadLetter, result: PublishResult) -> None:
         if result.verdict is Verdict.NO_STREAM:
             self._without_stream.add(result.subject)
         elif result.transient or result.verdict is Verdict.DENIED:
-            hint = f"; NATS denies this user something: it needs to publish to {result.subject}"
-            self.ended(f"{result.error}{hint if denied else ''}")
+            self.ended(result.error or "it was not sent")
             return
         self._skip(letter, result.error or "it was refused")
 

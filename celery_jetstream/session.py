@@ -76,8 +76,6 @@ class Session:
         self.error: BaseException | None = None
         #: ``host:port`` of the server.
         self.address = ""
-        #: Our user was not allowed something.
-        self.denied = False
         self._check = asyncio.Event()
         self._cause: NotConnectedError | None = None
         self._waiting: dict[str, tuple[str, OnAnswer]] = {}
@@ -386,7 +384,6 @@ class Session:
         self.error = error
         self._check.set()
         if "permissions violation" in (text := str(error).lower()):
-            self.denied = True
             found = _DENIED.search(text)
             self._deny(*found.groups()) if found else self._tell_denied(text, error)
 

@@ -20,7 +20,7 @@ from .config import Config
 from .connection import Connection
 from .deadletter import Original
 from .delivery import Delivery
-from .exceptions import NotConnectedError
+from .exceptions import NotConnectedError, PublishError
 from .publisher import Message, Publisher
 from .settlement import Ack, DeadLetter, Nak, Settlement
 
@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between two tries of a message whose dead letter is larger than the server takes.
 TOO_BIG_DELAY = 3600.0
+#: Seconds for which a dead letter that could not be stored is told of: its message comes again.
+NOT_KEPT_SHOWN = 300.0
 
 
 class Settler:
@@ -44,6 +46,7 @@ class Settler:
         )
         self._burials: set[Future[None]] = set()
         self._too_big: deque[float] = deque(maxlen=1000)
+        self._not_kept: tuple[float, str] | None = None
         self._lock = threading.Lock()
 
     def settle(
@@ -101,6 +104,12 @@ class Settler:
         since = time.monotonic() - TOO_BIG_DELAY
         return sum(when > since for when in list(self._too_big))
 
+    @property
+    def not_kept(self) -> str | None:
+        """Why the last dead letter could not be stored; None where it was, or that was long ago."""
+        when, error = self._not_kept or (0.0, "")
+        return error if error and time.monotonic() - when < NOT_KEPT_SHOWN else None
+
     def _bury_soon(
         self, delivery: Delivery, end: DeadLetter, original: Original | None, handler: str
     ) -> None:
@@ -128,7 +137,7 @@ class Settler:
                 return
             await self._publish(delivery, end, original, handler)
         except Exception as error:
-            if not isinstance(error, NotConnectedError):
+            if not isinstance(error, (NotConnectedError, PublishError)):
                 fields = _fields(delivery, end, handler)
                 logger.exception("dead letter of %s failed", delivery.task_id, extra=fields)
             self._again(delivery, end, str(error), handler)
@@ -160,6 +169,7 @@ class Settler:
         (result,) = await self._publisher.send([message], timeout)
         result.raise_for_error()
         self._acks.term(delivery.reply)
+        self._not_kept = None
         logger.error(
             "message %s is a dead letter (%s): %s: %s",
             delivery.task_id,
@@ -173,6 +183,7 @@ class Settler:
         )
 
     def _again(self, delivery: Delivery, end: DeadLetter, error: str, handler: str) -> None:
+        self._not_kept = time.monotonic(), error
         delay = self._config.backoff[min(delivery.num_delivered, len(self._config.backoff)) - 1]
         logger.error(
             "dead letter of %s (%s) could not be published (%s); it comes again in %g s",

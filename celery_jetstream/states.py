@@ -141,6 +141,9 @@ CODES: dict[str, Code] = {
     "dead_letter_too_big": Code(
         DEGRADED, "raise jetstream_max_payload, and the server's max_payload, for a while"
     ),
+    "dead_letter_waits": Code(
+        DEGRADED, "see why; its message is not lost, and comes again until it can be kept"
+    ),
     # outbox and inbox
     "database_away": Code(
         UNHEALTHY, "bring the database back; nothing is lost, and it is used again by itself"

@@ -28,7 +28,7 @@ from nats.aio.subscription import Subscription
 from .connection import Connection
 from .deadletter import NO_MESSAGE_FOUND, fetch_original
 from .delivery import Delivery
-from .exceptions import NotConnectedError
+from .exceptions import NotConnectedError, PermissionDeniedError
 from .session import Session
 from .settlement import DeadLetter
 from .settler import Settler
@@ -93,8 +93,10 @@ class Sweeper:
             self._wake.clear()
             try:
                 pause = await self._look()
+            except PermissionDeniedError:
+                pause = await self._after_denial()
             except NotConnectedError:
-                pause = await self._after_silence()
+                pause = RETRY_INTERVAL
             except Exception:
                 logger.exception("looking for stuck messages failed; trying on")
                 pause = LOOK_INTERVAL
@@ -156,27 +158,19 @@ class Sweeper:
             raise NotConnectedError(f"JetStream answered {error}")
         return answer
 
-    async def _after_silence(self) -> float:
+    async def _after_denial(self) -> float:
         """Where our user may not ask, that is said, and not asked again on this session."""
-        session = self._session
-        if session is None or not session.denied or session.lost.is_set():
-            return RETRY_INTERVAL
-        needed = (
-            f"$JS.API.CONSUMER.INFO.{self._stream}.{self._consumer}",
-            f"$JS.API.STREAM.INFO.{self._stream}",
-            f"$JS.API.STREAM.MSG.GET.{self._stream}",
-        )
-        if not any(subject.lower() in str(session.error).lower() for subject in needed):
-            return RETRY_INTERVAL
         if not self._told_denied:
             self._told_denied = True
             logger.warning(
                 "messages that consumer %s gives up (a finite max_deliver) cannot be found: the "
                 "NATS user may not ask. Allow it to publish to %s",
                 self._consumer,
-                ", ".join(needed),
+                f"$JS.API.CONSUMER.INFO.{self._stream}.{self._consumer}, "
+                f"$JS.API.STREAM.INFO.{self._stream}, $JS.API.STREAM.MSG.GET.{self._stream}",
             )
-        await session.lost.wait()
+        if self._session is not None:
+            await self._session.lost.wait()
         return 0.0
 
     def _say_once(self, state: _State) -> None:

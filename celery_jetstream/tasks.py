@@ -18,6 +18,7 @@ from .exceptions import (
     NotConnectedError,
     OutboxUnavailableError,
 )
+from .outcomes import Verdict
 
 __all__ = (
     "count_dead_letters",
@@ -48,8 +49,9 @@ def publish_event(self: Any, **event: Any) -> dict[str, Any]:
     """Publishes an event as a task: ``publish_event.delay(event_type=…, payload=…)``.
 
     The arguments are those of ``JetStream.publish``. The ``event_id`` is the task's id unless
-    given, so that a task that the broker delivers twice stores one event. An outage retries the
-    task, for ever, with the same ``event_id``; a refusal fails it. With ``jetstream_use_outbox``
+    given, so that a task that the broker delivers twice stores one event. An outage, or a
+    permission that is missing, retries the task, for ever, with the same ``event_id``; a refusal
+    fails it. With ``jetstream_use_outbox``
     the event becomes a row of the outbox.
 
     Returns:
@@ -68,8 +70,8 @@ def publish_event(self: Any, **event: Any) -> dict[str, Any]:
         except ConfigurationError as error:  # a deploy may be ahead of its migrations
             raise OutboxUnavailableError(str(error)) from error
     result = jetstream.publish(**event)
-    if not result.success and result.transient:
-        raise NotConnectedError(result.error)
+    if not result.success and (result.transient or result.verdict is Verdict.DENIED):
+        raise NotConnectedError(result.error)  # no event is at fault
     return dict(result.raise_for_error().as_dict())
 
 

@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 from collections.abc import Mapping
 from typing import Any
 
 from . import events, jsontext, subjects
+from .deadletter import original_of
 from .exceptions import ConfigurationError, EventError, NotConnectedError
 from .extension import JetStream
 from .headers import Headers
@@ -136,15 +136,10 @@ async def _read(jetstream: JetStream) -> list[Published]:
             return found
         message = answer["message"]
         request["seq"] = message["seq"] + 1
-        if message["subject"] != config.dead_letter_subject:
-            body = base64.b64decode(message.get("data", ""))
-            headers = _headers(base64.b64decode(message.get("hdrs", "")))
-            found.append(Published(events.decode(body, headers), message["subject"]))
-
-
-def _headers(raw: bytes) -> Headers:
-    lines = (line.partition(":") for line in raw.decode().split("\r\n")[1:])
-    return Headers({name: value.strip() for name, colon, value in lines if colon})
+        stored = original_of(message)
+        if stored.subject != config.dead_letter_subject:
+            event = events.decode(stored.body, Headers(stored.headers))
+            found.append(Published(event, stored.subject))
 
 
 # -- comparing -------------------------------------------------------------------------------------

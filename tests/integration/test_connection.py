@@ -29,6 +29,7 @@ from celery_jetstream.exceptions import (
     EventError,
     NotConnectedError,
 )
+from celery_jetstream.outcomes import Verdict
 from celery_jetstream.session import NoResponders, Session
 from celery_jetstream.testing import free_port
 from tests.connections import (
@@ -774,8 +775,10 @@ def test_wrong_credentials_are_said_at_once_and_never_shown(
         jetstream.connect()
     assert time.monotonic() - start < 2
     result = jetstream.publish("user.created", {"id": 1})
-    assert not result.success
+    assert (result.success, result.verdict) == (False, Verdict.DENIED)
     assert not result.transient
+    with pytest.raises(NotConnectedError):  # retried for ever, as what is no fault of an event's
+        jetstream.app.tasks["celery_jetstream.publish_event"](event_type="a.b", payload={})
     shown = [
         str(caught.value), repr(caught.value), repr(caught.value.__cause__), caplog.text,
         repr(jetstream), repr(jetstream.config), repr(jetstream.connection), repr(result),

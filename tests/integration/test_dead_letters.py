@@ -7,8 +7,9 @@ import gzip
 import io
 import json
 import logging
+import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from celery_jetstream.exceptions import (
     EventError,
     NotConnectedError,
     PayloadError,
+    PermissionDeniedError,
     SubjectError,
     TopologyError,
 )
@@ -252,6 +254,20 @@ def test_what_dies_while_it_runs_is_not_sent_again_by_the_same_redrive(desk: Des
     assert rounds > 1
 
 
+def test_a_purge_counts_what_it_has_deleted_and_not_what_another_did(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.bury(count=3)
+    remove = desk.letters.store.remove
+
+    def after_another(sequences: Sequence[int]) -> int:
+        assert remove(sequences[:2]) == 2
+        return remove(sequences)
+
+    monkeypatch.setattr(desk.letters.store, "remove", after_another)
+    assert desk.letters.purge(EVERY_LETTER).purged == 1
+
+
 def test_filters_limits_and_stopping(desk: Desk) -> None:
     desk.bury("order.placed", 6)
     desk.bury("user.created", 4)
@@ -270,6 +286,7 @@ def test_filters_limits_and_stopping(desk: Desk) -> None:
     assert letters.purge(EVERY_LETTER, stop=lambda: True).error == "stopped"
     assert letters.purge(EVERY_LETTER, limit=1).purged == 1
     assert letters.purge(orders).purged == 1
+    assert letters.purge(EVERY_LETTER, limit=0).purged == 0
     assert letters.count().by_event_type == {"user.created": 4}
 
 
@@ -281,6 +298,48 @@ def test_a_rate_is_kept(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dead_letters.time, "sleep", slept.append)
     assert desk.letters.redrive(EVERY_LETTER, rate=100).redriven == 30
     assert sum(slept) == pytest.approx(0.3, abs=0.11)
+
+
+def test_what_a_pause_has_cost_is_not_made_up_for_beyond_the_rate(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An outage in the middle, or a long way to the next: then not all at once."""
+    desk.bury(count=40)
+    slept, gone = list[float](), list[float]()
+    monkeypatch.setattr(dead_letters.time, "monotonic", lambda: 100.0 + sum(slept) + sum(gone))
+    monkeypatch.setattr(dead_letters.time, "sleep", slept.append)
+
+    def lose_time() -> bool:
+        if slept and not gone:
+            gone.append(60.0)
+        return False
+
+    assert desk.letters.redrive(EVERY_LETTER, rate=100, stop=lose_time).redriven == 40
+    assert sum(slept) == pytest.approx(0.3, abs=0.11)
+
+
+def test_a_letter_that_is_purged_before_its_turn_is_not_sent(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also at a rate at which a page would last for minutes: it is read when it is sent."""
+    first, second, third = desk.bury(count=3)
+    slept = list[float]()
+
+    def meanwhile(seconds: float) -> None:
+        if not slept:
+            assert desk.letters.purge(second).purged == 1
+        slept.append(seconds)
+
+    monkeypatch.setattr(dead_letters.time, "monotonic", lambda: 100.0 + sum(slept))
+    monkeypatch.setattr(dead_letters.time, "sleep", meanwhile)
+    assert desk.letters.redrive(EVERY_LETTER, rate=1).redriven == 2
+    assert desk.event_ids() == [first, third]
+
+
+@pytest.mark.parametrize("wrong", [{"rate": 0}, {"rate": "200/s"}, {"limit": -1}])
+def test_a_rate_or_limit_that_is_none_is_refused(desk: Desk, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+        desk.letters.redrive(EVERY_LETTER, **wrong)
 
 
 def test_bodies_that_are_packed_or_no_text_are_restored(desk: Desk) -> None:
@@ -331,14 +390,28 @@ def test_a_letter_that_names_a_foreign_subject_is_not_sent_there(desk: Desk) -> 
 def test_a_subject_that_no_stream_takes_holds_up_no_other_letter(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of another app: of ours it is known whose events we take."""
     monkeypatch.setattr(redrive, "TIMEOUT", 0.3)
-    ghost = {"original_subject": f"ghost.sync.{desk.names.app_name}"}
-    for _ in range(2):
-        desk.put(b"{}", {"x-dlq-context": json.dumps(ghost)})
-    desk.bury(count=2)
-    result = desk.letters.redrive(EVERY_LETTER)
+    hub, name = desk.names.destination_app, desk.names.app_name
+    for source in ("ghost", "ghost", name, name):
+        context = {"original_subject": f"{source}.sync.{hub}"}
+        desk.put(b"{}", {"x-dlq-context": json.dumps(context)}, app_name=hub)
+    result = desk.letters.of(hub).redrive(EVERY_LETTER)
     assert (result.redriven, result.skipped, result.error) == (2, 2, None)
-    assert desk.count() == 2
+    assert desk.count(f"{hub}.sync.dlq") == 2
+
+
+def test_an_event_is_not_sent_to_where_nobody_takes_it(desk: Desk) -> None:
+    """An app was renamed: the stream still has the old subject, and no consumer takes it."""
+    stream = desk.api(f"STREAM.INFO.{desk.names.stream_name}")["config"]
+    old = f"old.sync.{desk.names.app_name}"
+    stream["subjects"].append(old)
+    assert "error" not in desk.api(f"STREAM.UPDATE.{desk.names.stream_name}", **stream)
+    desk.put(b"{}", {"x-dlq-context": json.dumps({"original_subject": old})})
+    result = desk.letters.redrive(EVERY_LETTER)
+    assert (result.redriven, result.skipped, desk.count(old)) == (0, 1, 0)
+    assert "nobody takes it" in result.problems[0]
+    assert desk.letters.redrive(EVERY_LETTER, subject=desk.subject).redriven == 1
 
 
 def test_an_outage_ends_a_redrive_and_nothing_is_lost(
@@ -526,9 +599,8 @@ def test_of_another_app_whose_consumer_is_the_gems(desk: Desk) -> None:
 # -- who may, who did --------------------------------------------------------------------------
 
 
-def test_permissions(names: Names, make_desk: MakeDesk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exactly these subjects; each one that is taken away is named."""
-    monkeypatch.setattr(redrive, "TIMEOUT", 0.5)
+def test_permissions(names: Names, make_desk: MakeDesk) -> None:
+    """Exactly these subjects; each one that is taken away is named, at once."""
     stream, name, hub = names.stream_name, names.app_name, names.destination_app
     get, delete = f"$JS.API.STREAM.MSG.GET.{stream}", f"$JS.API.STREAM.MSG.DELETE.{stream}"
     info, events = f"$JS.API.STREAM.INFO.{stream}", f"{hub}.sync.{name}"
@@ -559,13 +631,14 @@ def test_permissions(names: Names, make_desk: MakeDesk, monkeypatch: pytest.Monk
         every = letters_of("all")
         assert every.redrive(EVERY_LETTER, limit=1).redriven == 1
         assert every.purge(EVERY_LETTER, limit=1).purged == 1
-        monkeypatch.setattr(deadletter_store, "ASK_TIMEOUT", 0.5)
+        began = time.monotonic()
         looking = letters_of("look")
         assert looking.count().total == 1
         assert delete in str(looking.purge(EVERY_LETTER).error)
         assert events in str(letters_of("mute").redrive(EVERY_LETTER).error)
-        with pytest.raises(NotConnectedError, match=r"STREAM\.MSG\.GET"):
+        with pytest.raises(PermissionDeniedError, match=r"STREAM\.MSG\.GET"):
             letters_of("blind").count()
+        assert time.monotonic() - began < 3
         for one in made:
             one.close()
 

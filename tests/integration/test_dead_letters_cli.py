@@ -64,6 +64,27 @@ def test_looking(desk: Desk) -> None:
     assert desk.json("count", "--type", "order.*")["by_handler"] == {"shop.tasks.on_order": 2}
 
 
+def test_what_others_wrote_gives_a_terminal_no_orders(desk: Desk) -> None:
+    evil = "\x1b[2J\x9b31m\u202e"
+    end = DeadLetter("rejected", f"E{evil}", f"line one\nline two{evil}", f"h{evil}")
+    desk.bury("order.placed", 1, end, resource_id="\x7f\x9b")
+    desk.put(b"\x1b]0;x", {"x-dlq-context": json.dumps({"event_id": evil, "error_class": evil})})
+    first, second = (str(one["sequence"]) for one in desk.json("list"))
+    texts = [
+        desk.run(*words).stdout
+        for words in (["list"], ["count"], ["show", first], ["show", second])
+    ]
+    texts.append(desk.run("redrive", second, status=1).stdout)
+    for text in texts:
+        assert all(one.isprintable() or one == "\n" for one in text), text
+    assert "line one\nline two\\x1b[2J" in texts[2]
+    assert json.loads(desk.run("list", "--json").stdout)[0]["error_class"] == f"E{evil}"
+    desk.put(b'{"payload": "\\ud800"}', {})
+    third = str(desk.json("list")[-1]["sequence"])
+    assert "\\ud800" in desk.run("show", third).stdout
+    assert desk.json("show", third)["body"] == {"payload": "\ud800"}
+
+
 def test_export(desk: Desk, tmp_path: Path) -> None:
     event_ids = desk.bury(count=2)
     lines = desk.run("export").stdout.splitlines()

@@ -22,7 +22,7 @@ import pytest
 from celery.contrib.testing.worker import start_worker
 from sqlalchemy import create_engine, event, text
 
-from celery_jetstream import JetStream, diagnosis, health, jetstream_handler, status
+from celery_jetstream import JetStream, cli_status, diagnosis, health, jetstream_handler, status
 from celery_jetstream.direct import Intake
 from celery_jetstream.exceptions import ConfigurationError
 from celery_jetstream.http import serving
@@ -313,6 +313,7 @@ def test_what_may_not_be_asked_is_unknown_and_not_unhealthy(
         asked = " ".join(report["unknown"])
         assert "$JS.API.INFO" in asked
         assert f"$JS.API.STREAM.INFO.{names.stream_name}" in asked
+        assert "API level" not in "".join(cli_status._lines(report))  # not known is not "none"
 
 
 def test_a_hung_loop_is_not_alive(

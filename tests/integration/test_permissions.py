@@ -28,6 +28,7 @@ from celery_jetstream.delivery import Delivery
 from celery_jetstream.exceptions import (
     ConfigurationError,
     ConnectionRefusedByServer,
+    NotConnectedError,
     PermissionDeniedError,
 )
 from celery_jetstream.outcomes import Verdict
@@ -295,6 +296,9 @@ def test_an_event_that_may_not_be_published(
     assert f"the NATS user may not publish to {subject}: " in str(results[-1].error)
     assert "--print-permissions" in str(results[-1].error)
     assert not jetstream.connection.run(jetstream.connection.session)._waiting
+    task = jetstream.app.tasks["celery_jetstream.publish_event"]
+    with pytest.raises(NotConnectedError, match="may not publish to"):  # it is retried for ever
+        task(event_type="a", payload={})
     with jetstream.outbox.database.engine.begin() as connection:
         create_outbox(connection)
         for number in range(3):
@@ -349,6 +353,8 @@ def test_a_dead_letter_that_may_not_be_kept_comes_again(
     wait_until(lambda: "could not be published" in caplog.text, 5, "it to be said")
     assert f"may not publish to {subject}" in caplog.text
     assert "it comes again" in caplog.text
+    assert "Traceback" not in caplog.text
+    assert "dead_letter_waits" in [s["code"] for s in jetstream.health_check()["states"]]
 
 
 def test_a_user_who_may_not_hear_what_is_given_up_is_told_once(
@@ -484,10 +490,14 @@ def test_what_is_taken_away_while_it_runs_and_given_back(
                 said = f"{missing.split()[0]}: have that allowed"
                 wait_until(lambda said=said: said in caplog.text, 20, said)
                 deaf = claims_heard(bridge) if missing.startswith("$JS.ACK") else set()
+                if deaf:
+                    assert said in str(bridge.tell()["trouble"])
                 reload(run, admin)
                 if deaf:
                     wait_until(lambda deaf=deaf: claims_heard(bridge) != deaf, 20, "ears")
-                assert errand.hub.publish("parcel.sent", {})
+                # while it reloads, a server may refuse who has done nothing
+                wait_until(lambda: bool(errand.hub.publish("parcel.sent", {})), 20, "a parcel")
+                wait_until(lambda: not bridge.tell()["trouble"], 20, "health to be well again")
                 errand._settle(worker, 1, [])
                 wait_until(lambda: not bridge._flights.replies, 20, "the worker to be heard")
         finally:

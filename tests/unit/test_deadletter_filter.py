@@ -126,13 +126,20 @@ def test_whatever_somebody_wrote_is_read_and_written_as_json(
 
 
 @pytest.mark.parametrize("name", [*CONTEXT, "redrives", "sequence", "published_at", "deliveries"])
-@pytest.mark.parametrize("value", [None, 7, 1.5, True, [], {}, "x", "", {"stream": "x"}])
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(None, 7, 1.5, True, [], {}, "x", "", {"stream": "x"}, "\ud800"),
+        *("0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00"),
+    ],
+)
 def test_a_context_may_hold_anything(name: str, value: Any) -> None:
     found = letter(BODY, {**CONTEXT, name: value})
     assert found.event_id == "e-1"
     assert isinstance(found.original_subject, str)
     assert found.original_sequence is None or isinstance(found.original_sequence, int)
     DeadLetterFilter(error="x", handler="y").admits(found)
+    assert json.dumps(found.as_record(), ensure_ascii=False).encode()
 
 
 def test_a_body_that_swells_is_not_unpacked() -> None:

@@ -52,6 +52,7 @@ def well() -> dict[str, Any]:
         },
         "relay": {"trouble": None, "turned": 0.1},
         "too_big": 0,
+        "not_kept": None,
         "breaker": {"outage": None, "subjects": {}},
         "outbox": {
             "needed": True,
@@ -124,6 +125,7 @@ CASES: list[tuple[str, Any, str, str]] = [
     ("consumer.taken", False, "nobody_pulls", "3 messages"),
     ("dead_letters", {"count": 2, "oldest": 7.0}, "dead_letters", "2 dead .* 7 s"),
     ("too_big", 2, "dead_letter_too_big", "2 messages"),
+    ("not_kept", "may not", "dead_letter_waits", "stored: may not"),
     ("outbox", {"error": "away"}, "database_away", "away"),
     ("inbox", {"error": "away"}, "database_away", "away"),
     ("outbox.counts", None, "tables_missing", "outbox"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 import pytest
@@ -132,6 +133,13 @@ def test_texts_for_a_server_and_for_nsc() -> None:
     for need in role.needs:
         assert f"# {need.name}: {need.why}" in text
     assert f"--allow-sub '{','.join(HEARS)}'" in as_nsc([role])
+
+
+def test_a_name_with_quotation_marks_does_not_end_the_text() -> None:
+    role = run(stream_name="a\"b'c")
+    assert '"$JS.API.STREAM.MSG.GET.a\\"b\'c"' in as_conf([role])
+    words = shlex.split(as_nsc([role]).replace("\\\n", ""))
+    assert words[words.index("--allow-pub") + 1] == ",".join(role.publish)
 
 
 def test_a_denial_says_what_to_have_allowed() -> None:

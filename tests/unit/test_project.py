@@ -48,6 +48,11 @@ def test_having_the_package_costs_who_does_not_use_it_nothing():
     assert not {"celery", "kombu", "nats", "sqlalchemy"} & set(loaded)
 
 
+def test_a_module_is_an_attribute_before_anything_is_used():
+    program = "import celery_jetstream; celery_jetstream.signals.event_built"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_a_name_that_is_not_public_is_no_attribute():
     with pytest.raises(AttributeError, match="no attribute 'publish'"):
         celery_jetstream.publish  # noqa: B018
