@@ -22,7 +22,7 @@ from typing import Any
 
 from celery import bootsteps
 
-from . import meters, signals
+from . import meters
 from .catalogue import LOOKED_UP, METRICS
 from .exceptions import ConfigurationError, NotConnectedError
 from .threads import in_native_thread, wait
@@ -84,6 +84,8 @@ def serve(jetstream: Any) -> Callable[[], None] | None:
             error,
         )
         return None
+    if hasattr(os, "register_at_fork"):  # or a child of a killed worker keeps the port
+        os.register_at_fork(after_in_child=server.socket.close)
     logger.info("metrics are at http://%s:%d/metrics", host, server.server_port)
 
     def stop() -> None:
@@ -226,13 +228,14 @@ class _Looks:
 
     def _here(self) -> Found:
         """What this process knows of itself."""
-        bridge = _bridges.get(self._jetstream)
-        if bridge is None:
-            return {"messages_in_flight": {(): len(self._jetstream.keeper.held())}}
-        return {
-            "messages_in_flight": {(): bridge.in_flight},
-            "broker_connected": {(): float(bridge.broker_connected)},
-        }
+        jetstream = self._jetstream
+        found: Found = {"ready": {(): float(jetstream.health.now()["ready"])}}
+        if bridge := jetstream.running.get("bridge"):
+            found["messages_in_flight"] = {(): bridge.in_flight}
+            found["broker_connected"] = {(): float(bridge.broker_connected)}
+        else:
+            found["messages_in_flight"] = {(): len(jetstream.keeper.held())}
+        return found
 
     # -- NATS --------------------------------------------------------------------------------------
 
@@ -298,13 +301,9 @@ def _number(count: int | str) -> float:
 
 
 _all_looks: weakref.WeakKeyDictionary[Any, _Looks] = weakref.WeakKeyDictionary()
-_bridges: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_all_looks.clear)  # a look that runs ends in the parent
 
 
 def _looks(jetstream: Any) -> _Looks:
-    return _all_looks.setdefault(jetstream, _Looks(jetstream))
-
-
-@signals.bridge_ready.connect(weak=False)
-def _know_bridge(sender: Any = None, bridge: Any = None, **_: Any) -> None:
-    _bridges[sender] = bridge
+    return _all_looks.setdefault(jetstream, _Looks(weakref.proxy(jetstream)))
