@@ -34,7 +34,7 @@ from .exceptions import CeleryJetStreamError, ConnectionRefusedByServer, NotConn
 from .schedule import uses_inbox
 from .session import Session
 from .states import DEGRADED, UNHEALTHY, State, overall
-from .threads import wait
+from .threads import in_native_thread, wait
 
 __all__ = ("Health", "Part")
 
@@ -183,21 +183,15 @@ class Health:
         return ("outbox", "inbox") if self._jetstream.config.has_database else ()
 
     def _begin_databases(self) -> Future[_Seen]:
+        if self._databases_of():
+            return in_native_thread(self._look_at_databases)  # a database may hang
         future: Future[_Seen] = Future()
-        if not self._databases_of():
-            future.set_result(_Seen(time.monotonic(), {}))
-            return future
-        future.set_running_or_notify_cancel()
-        threading.Thread(
-            target=self._look_at_databases, args=(future,), name="jetstream-health", daemon=True
-        ).start()
+        future.set_result(_Seen(time.monotonic(), {}))
         return future
 
-    def _look_at_databases(self, future: Future[_Seen]) -> None:
-        """In a thread of its own: a database may hang."""
+    def _look_at_databases(self) -> _Seen:
         began = time.monotonic()
-        found = {name: self._look_at(name) for name in self._databases_of()}
-        future.set_result(_Seen(began, found))
+        return _Seen(began, {name: self._look_at(name) for name in self._databases_of()})
 
     def _look_at(self, name: str) -> dict[str, Any]:
         jetstream = self._jetstream
