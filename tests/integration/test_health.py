@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from sqlalchemy import create_engine, event, text
 from celery_jetstream import JetStream, diagnosis, health, jetstream_handler, status
 from celery_jetstream.direct import Intake
 from celery_jetstream.exceptions import ConfigurationError
-from celery_jetstream.http import serving
+from celery_jetstream.http import THREADS, serving
 from celery_jetstream.testing import NatsServer, wait_until
 from tests.conftest import Names
 from tests.databases import Database
@@ -348,6 +349,29 @@ def test_a_slow_client_is_dropped_and_so_are_too_many(monkeypatch: pytest.Monkey
             assert clients[0].recv(1) == b""
         assert time.monotonic() - began < 3
         wait_until(lambda: get(port, "/nothing")[0] == 404, 5, "room for others")
+
+
+def test_a_status_that_waits_keeps_no_probe_waiting() -> None:
+    released, asked = threading.Event(), list[None]()
+
+    def check() -> dict[str, Any]:
+        asked.append(None)
+        released.wait(20)
+        return {"healthy": True}
+
+    told = {"alive": True, "ready": True}
+    watched = SimpleNamespace(running={}, health=SimpleNamespace(check=check, now=lambda: told))
+    with serving(watched, ("127.0.0.1", 0)) as port, ThreadPoolExecutor(6) as threads:
+        assert port
+        waiting = [threads.submit(get, port, "/status") for _ in range(6)]
+        try:
+            wait_until(lambda: len(asked) == THREADS, 5, "/status to be busy")
+            began = time.monotonic()
+            assert get(port, "/readyz") == (200, "ok\n")
+            assert time.monotonic() - began < 2
+        finally:
+            released.set()
+        assert {answer.result()[0] for answer in waiting} == {200}
 
 
 # -- outbox and inbox ------------------------------------------------------------------------------
