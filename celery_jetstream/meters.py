@@ -21,7 +21,7 @@ from .catalogue import LOOKED_UP, METRICS, OTHER
 from .exceptions import ConfigurationError
 from .settlement import Ack, DeadLetter, Settlement
 
-__all__ = ("start", "stop")
+__all__ = ("collecting", "start", "stop")
 
 #: Values of ``reason`` and ``handler`` that one process tells apart, and how long each may be: a
 #: middleware may give reasons of its own, and what it puts in them is not ours to know.
@@ -29,12 +29,12 @@ MOST_VALUES, LONGEST_VALUE = 200, 200
 NO_HANDLER = "none"
 
 # A lock of prometheus_client that another thread has while this one forks would stay locked in the
-# child for ever: nobody counts during a fork. It is of their kind also under gevent: with a native
-# one a greenlet that waits for theirs would have the next one stop the thread of all greenlets.
-_lock = threading.Lock()
-if hasattr(os, "register_at_fork"):
+# child for ever: nobody counts or collects during a fork. These are of their kind also under
+# gevent: a greenlet that waits for theirs with a native one would have the next stop all greenlets.
+_lock, collecting = threading.Lock(), threading.Lock()
+for lock in (_lock, collecting) if hasattr(os, "register_at_fork") else ():
     os.register_at_fork(
-        before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
+        before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release
     )
 
 

@@ -164,7 +164,9 @@ class _Registry:
             multiprocess.MultiProcessCollector(registry, directory)  # type: ignore[no-untyped-call]
             yield from registry.collect()
         else:
-            yield from REGISTRY.collect()
+            with meters.collecting:
+                counted = list(REGISTRY.collect())
+            yield from counted
         found = _looks(self._jetstream).found()
         for metric in METRICS:
             if metric.processes == LOOKED_UP and metric.name in found:

@@ -286,6 +286,44 @@ def test_under_gevent_a_greenlet_that_waits_for_a_metric_stops_no_other() -> Non
     )
 
 
+def test_a_child_that_is_forked_while_metrics_are_collected_counts() -> None:
+    run(
+        """
+        import os, threading, time
+        from celery import Celery
+        from prometheus_client import REGISTRY
+        from celery_jetstream import JetStream, meters
+        from celery_jetstream.metrics import _Registry
+
+        app = Celery("a", broker="memory://")
+        app.conf.update(jetstream_app_name="a", jetstream_destination_app="b")
+        started, held = meters.start(), threading.Event()
+
+        class Slow:
+            def collect(self):
+                with started._metrics["messages_received_total"]._value._lock:
+                    held.set()
+                    time.sleep(0.3)
+                return ()
+
+        REGISTRY.register(Slow())
+        held.clear()
+        page = iter(_Registry(JetStream(app)).collect())
+        threading.Thread(target=next, args=(page,)).start()
+        held.wait()
+        if not (child := os.fork()):
+            started._inc("messages_received_total")
+            os._exit(0)
+        ends = time.monotonic() + 5
+        while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < ends:
+            time.sleep(0.01)
+        if not ended[0]:
+            os.kill(child, 9)
+        raise SystemExit(ended != (child, 0))
+        """
+    )
+
+
 # -- on, and off -----------------------------------------------------------------------------------
 
 
