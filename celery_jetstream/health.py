@@ -42,6 +42,8 @@ __all__ = ("Health", "Part")
 PATIENCE = 5.0
 #: Seconds after which it is looked again where something was wrong: it may be mended by now.
 HASTE = 2.0
+#: Seconds that such a look is waited for, since what it was is known.
+BRIEF = 0.3
 
 
 class Part(Protocol):
@@ -258,7 +260,7 @@ class _Look:
         """Begins a look, or finds the one that runs; None where one was begun since then."""
         with self._lock:
             self._take()
-            if self._seen is not None and self._is_good(self._seen, since):
+            if self._is_known(since) and not self._is_to_be_looked_at_again():
                 return None
             if self._running is None:
                 self._began = time.monotonic()
@@ -268,18 +270,23 @@ class _Look:
     def wait(self, since: float, ends: float) -> None:
         """Waits for a look that was begun since then; not for one that has had its time."""
         while running := self.begin(since):
-            left = min(ends, self._began + PATIENCE) - time.monotonic()
+            most = BRIEF if self._is_known(since) else PATIENCE
+            left = min(ends, self._began + most) - time.monotonic()
             if left <= 0:
                 return
             with contextlib.suppress(FutureTimeoutError, CancelledError, CeleryJetStreamError):
                 wait(running, left)
 
-    def _is_good(self, seen: _Seen, since: float) -> bool:
-        """It may be mended by now, where it was bad; and a new connection is looked at anew."""
-        if seen.is_bad and time.monotonic() - self._ended > HASTE:
+    def _is_known(self, since: float) -> bool:
+        """What was looked at by a connection that is lost is not."""
+        seen = self._seen
+        if seen is None or (seen.session is not None and seen.session.lost.is_set()):
             return False
-        lost = seen.session is not None and seen.session.lost.is_set()
-        return seen.began >= since and not lost
+        return seen.began >= since
+
+    def _is_to_be_looked_at_again(self) -> bool:
+        """It was bad, and may be mended by now."""
+        return bool(self._seen and self._seen.is_bad) and time.monotonic() - self._ended > HASTE
 
     def _take(self) -> None:
         """With the lock held: a look that has ended."""

@@ -25,7 +25,7 @@ from sqlalchemy import create_engine, event, text
 
 from celery_jetstream import JetStream, diagnosis, health, jetstream_handler, status
 from celery_jetstream.direct import Intake
-from celery_jetstream.exceptions import ConfigurationError
+from celery_jetstream.exceptions import ConfigurationError, OutboxUnavailableError
 from celery_jetstream.http import THREADS, serving
 from celery_jetstream.testing import NatsServer, wait_until
 from tests.conftest import Names
@@ -236,6 +236,31 @@ def test_what_was_wrong_is_asked_about_again_soon(
     assert codes(jetstream.health_check()) == ["stream_missing", "consumer_missing"]
     jetstream.provision()
     wait_until(lambda: jetstream.health_check()["healthy"], 5, "it to be green")
+
+
+def test_what_is_known_to_be_wrong_keeps_nobody_waiting(
+    nats_server: NatsServer,
+    make_jetstream: MakeJetStream,
+    sqlite: Database,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A database that hangs until the driver gives up, and again at the next look."""
+    monkeypatch.setattr(health, "HASTE", 0.0)
+    jetstream = make_jetstream(nats_server.url, jetstream_database_url=sqlite.url)
+    jetstream.provision()
+    released = threading.Event()
+
+    def status() -> dict[str, Any]:
+        raise OutboxUnavailableError("it is away")
+
+    monkeypatch.setattr(jetstream.outbox, "status", status)
+    assert "database_away" in codes(jetstream.health_check())
+    monkeypatch.setattr(jetstream.outbox, "status", lambda: released.wait(20) and status())
+    for _ in range(3):
+        began = time.monotonic()
+        assert "database_away" in codes(jetstream.health_check())
+        assert time.monotonic() - began < 2
+    released.set()
 
 
 def test_a_server_that_hangs_gives_no_answer_in_time(
