@@ -103,8 +103,11 @@ class _Server:
         self._listener = listener
         self.port: int = listener.getsockname()[1]
         self._clients = 0
-        pages = {"/readyz": self._readyz, "/status": self._status, "/metrics": self._metrics}
-        self._pages = {path: (page, asyncio.Semaphore(THREADS)) for path, page in pages.items()}
+        self._pages = {
+            "/readyz": (self._readyz, asyncio.Semaphore(THREADS)),
+            "/status": (self._status, asyncio.Semaphore(THREADS)),
+            "/metrics": (self._metrics, asyncio.Semaphore(1)),
+        }
 
     def start(self) -> None:
         started: Future[asyncio.AbstractEventLoop] = Future()

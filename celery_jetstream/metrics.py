@@ -206,17 +206,22 @@ class _Looks:
         self._looking: Future[Found] | None = None
 
     def found(self) -> Found:
-        """The values by metric; of what cannot be found out now, only that."""
-        with self._lock:
-            if time.monotonic() >= self._until:
-                self._cached = {"collector_up": {}}
-                self._look("nats", self._ask_nats)
-                if self._jetstream.config.has_database:
-                    self._look("outbox", self._ask_outbox)
-                self._until = time.monotonic() + CACHE
-            return self._cached | self._here()
+        """The values by metric; of what cannot be found out now, only that.
 
-    def _look(self, collector: str, look: Callable[[], Found | None]) -> None:
+        Who comes while another looks gets what was found before, and waits for nobody.
+        """
+        if time.monotonic() >= self._until and self._lock.acquire(blocking=False):
+            try:
+                found: Found = {"collector_up": {}}
+                self._look(found, "nats", self._ask_nats)
+                if self._jetstream.config.has_database:
+                    self._look(found, "outbox", self._ask_outbox)
+                self._cached, self._until = found, time.monotonic() + CACHE
+            finally:
+                self._lock.release()
+        return self._cached | self._here()
+
+    def _look(self, cached: Found, collector: str, look: Callable[[], Found | None]) -> None:
         found: Found | None = {}
         up = True
         try:
@@ -225,8 +230,8 @@ class _Looks:
             up = False
             logger.debug("metrics of %s could not be found out: %s", collector, error)
         if found is not None:
-            self._cached["collector_up"][(collector,)] = float(up)
-            self._cached |= found
+            cached["collector_up"][(collector,)] = float(up)
+            cached.update(found)
 
     def _here(self) -> Found:
         """What this process knows of itself."""

@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +19,7 @@ import yaml
 from celery import Celery
 from prometheus_client import REGISTRY
 
-from celery_jetstream import Ack, DeadLetter, Delivery, JetStream, Nak, meters, signals
+from celery_jetstream import Ack, DeadLetter, Delivery, JetStream, Nak, meters, metrics, signals
 from celery_jetstream.catalogue import LOOKED_UP, METRICS, OTHER, OUTCOMES, REASONS
 from celery_jetstream.config import Config
 from celery_jetstream.exceptions import ConfigurationError
@@ -284,6 +286,32 @@ def test_under_gevent_a_greenlet_that_waits_for_a_metric_stops_no_other() -> Non
         assert len(gevent.joinall(counting, timeout=10)) == 3
         """
     )
+
+
+def test_a_scrape_waits_for_no_other_ones_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = SimpleNamespace(
+        config=SimpleNamespace(has_database=False),
+        health=SimpleNamespace(now=lambda: {"ready": True}),
+        running={},
+        keeper=SimpleNamespace(held=list),
+    )
+    looks, asked, released = metrics._Looks(here), threading.Event(), threading.Event()
+
+    def ask() -> Any:
+        asked.set()
+        released.wait(10)
+        return {"dead_letters_stored": {(): 7.0}}
+
+    monkeypatch.setattr(looks, "_ask_nats", ask)
+    first = threading.Thread(target=looks.found)
+    first.start()
+    assert asked.wait(10)
+    began = time.monotonic()
+    assert looks.found() == {"ready": {(): 1.0}, "messages_in_flight": {(): 0}}
+    assert time.monotonic() - began < 2
+    released.set()
+    first.join()
+    assert looks.found()["dead_letters_stored"] == {(): 7.0}
 
 
 def test_a_child_that_is_forked_while_metrics_are_collected_counts() -> None:
