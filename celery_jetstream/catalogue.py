@@ -7,8 +7,9 @@ What counts (``meters``), what is looked up when somebody asks (``metrics``), th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
-__all__ = ("LOOKED_UP", "METRICS", "OTHER", "REASONS", "Metric")
+__all__ = ("LOOKED_UP", "METRICS", "OTHER", "OUTCOMES", "REASONS", "Metric")
 
 #: Stands for all values of a label beyond those that it may have.
 OTHER = "other"
@@ -19,6 +20,12 @@ LOOKED_UP = "looked up"
 REASONS = (
     *("malformed_json", "invalid_envelope", "invalid_payload", "no_handler"),
     *("unrecoverable_error", "max_deliveries_exceeded", "rejected", "revoked"),
+)
+
+#: What may become of publishing an event.
+OUTCOMES = (
+    *("stored", "duplicate", "behind"),
+    *("outage", "no_stream", "refused", "denied", "unknown"),
 )
 
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0)
@@ -36,7 +43,7 @@ class Metric:
         help: what it says.
         labels: their names.
         buckets: of a histogram, upper bounds.
-        known: values of its one label that it has from the beginning, as 0: Prometheus sees no
+        known: values of its labels that it has from the beginning, as 0: Prometheus sees no
             increase in the first value of a series.
         processes: how a gauge's values in several processes become one (prometheus_client's
             ``multiprocess_mode``); :data:`LOOKED_UP` where there is but one.
@@ -47,7 +54,7 @@ class Metric:
     help: str
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
-    known: tuple[str, ...] = ()
+    known: tuple[tuple[str, ...], ...] = ()
     processes: str = ""
 
     @property
@@ -63,6 +70,7 @@ METRICS: tuple[Metric, ...] = (
         "counter",
         "Events by what became of publishing them, and how they went: at once or by the outbox.",
         ("via", "outcome"),
+        known=tuple(product(("publish", "outbox"), OUTCOMES)),
     ),
     Metric(
         "publish_seconds",
@@ -156,7 +164,7 @@ METRICS: tuple[Metric, ...] = (
         "counter",
         "Dead letters that were stored.",
         ("reason",),
-        known=REASONS,
+        known=tuple((reason,) for reason in REASONS),
     ),
     Metric(
         "dead_letters_stored",
@@ -189,6 +197,12 @@ METRICS: tuple[Metric, ...] = (
         "connection_losses_total",
         "counter",
         "NATS connections that were lost, or could not be had at first.",
+    ),
+    Metric(
+        "ready",
+        "gauge",
+        "1 where the process that is asked takes its work, as /readyz says; else 0.",
+        processes=LOOKED_UP,
     ),
     Metric(
         "broker_connected",

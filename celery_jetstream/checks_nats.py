@@ -172,7 +172,12 @@ def consumer_settings(facts: Facts) -> Iterator[Result]:
     "No more messages than that are delivered and unsettled at once: workers beyond it are idle.",
 )
 def max_ack_pending(facts: Facts) -> Iterator[Result]:
-    counts = [worker.concurrency for worker in known(facts.workers)]
+    queues = {handler.queue for handler in known(facts.handlers)}
+    counts = [
+        worker.concurrency
+        for worker in known(facts.workers)
+        if worker.is_direct or "" in queues or not queues.isdisjoint(worker.queues)
+    ]
     concurrency = sum(filter(None, counts))
     for name, consumer in _consumers(facts):
         most = consumer["config"].get("max_ack_pending", 0)

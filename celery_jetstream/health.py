@@ -34,7 +34,7 @@ from .exceptions import CeleryJetStreamError, ConnectionRefusedByServer, NotConn
 from .schedule import uses_inbox
 from .session import Session
 from .states import DEGRADED, UNHEALTHY, State, overall
-from .threads import wait
+from .threads import in_native_thread, wait
 
 __all__ = ("Health", "Part")
 
@@ -42,6 +42,8 @@ __all__ = ("Health", "Part")
 PATIENCE = 5.0
 #: Seconds after which it is looked again where something was wrong: it may be mended by now.
 HASTE = 2.0
+#: Seconds that such a look is waited for, since what it was is known.
+BRIEF = 0.3
 
 
 class Part(Protocol):
@@ -184,21 +186,15 @@ class Health:
         return ("outbox", "inbox") if self._jetstream.config.has_database else ()
 
     def _begin_databases(self) -> Future[_Seen]:
+        if self._databases_of():
+            return in_native_thread(self._look_at_databases)  # a database may hang
         future: Future[_Seen] = Future()
-        if not self._databases_of():
-            future.set_result(_Seen(time.monotonic(), {}))
-            return future
-        future.set_running_or_notify_cancel()
-        threading.Thread(
-            target=self._look_at_databases, args=(future,), name="jetstream-health", daemon=True
-        ).start()
+        future.set_result(_Seen(time.monotonic(), {}))
         return future
 
-    def _look_at_databases(self, future: Future[_Seen]) -> None:
-        """In a thread of its own: a database may hang."""
+    def _look_at_databases(self) -> _Seen:
         began = time.monotonic()
-        found = {name: self._look_at(name) for name in self._databases_of()}
-        future.set_result(_Seen(began, found))
+        return _Seen(began, {name: self._look_at(name) for name in self._databases_of()})
 
     def _look_at(self, name: str) -> dict[str, Any]:
         jetstream = self._jetstream
@@ -265,7 +261,7 @@ class _Look:
         """Begins a look, or finds the one that runs; None where one was begun since then."""
         with self._lock:
             self._take()
-            if self._seen is not None and self._is_good(self._seen, since):
+            if self._is_known(since) and not self._is_to_be_looked_at_again():
                 return None
             if self._running is None:
                 self._began = time.monotonic()
@@ -275,18 +271,23 @@ class _Look:
     def wait(self, since: float, ends: float) -> None:
         """Waits for a look that was begun since then; not for one that has had its time."""
         while running := self.begin(since):
-            left = min(ends, self._began + PATIENCE) - time.monotonic()
+            most = BRIEF if self._is_known(since) else PATIENCE
+            left = min(ends, self._began + most) - time.monotonic()
             if left <= 0:
                 return
             with contextlib.suppress(FutureTimeoutError, CancelledError, CeleryJetStreamError):
                 wait(running, left)
 
-    def _is_good(self, seen: _Seen, since: float) -> bool:
-        """It may be mended by now, where it was bad; and a new connection is looked at anew."""
-        if seen.is_bad and time.monotonic() - self._ended > HASTE:
+    def _is_known(self, since: float) -> bool:
+        """What was looked at by a connection that is lost is not."""
+        seen = self._seen
+        if seen is None or (seen.session is not None and seen.session.lost.is_set()):
             return False
-        lost = seen.session is not None and seen.session.lost.is_set()
-        return seen.began >= since and not lost
+        return seen.began >= since
+
+    def _is_to_be_looked_at_again(self) -> bool:
+        """It was bad, and may be mended by now."""
+        return bool(self._seen and self._seen.is_bad) and time.monotonic() - self._ended > HASTE
 
     def _take(self) -> None:
         """With the lock held: a look that has ended."""

@@ -2,7 +2,7 @@
 
 A thread of its own with an event loop, so that a slow client holds a socket for some seconds, and
 no thread. ``/livez`` and ``/readyz`` ask nobody outside of the process but, for a bridge, the
-Celery broker; the others may have to wait, in a few threads at the most.
+Celery broker; the others may have to wait, each in a few threads at the most.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ BROKER_PATIENCE = 0.7
 LARGEST_REQUEST = 16 * 1024
 #: Clients at a time; others are turned away.
 MOST_CLIENTS = 64
-#: Answers that are made at a time.
+#: Answers that are made at a time, of each page: one that waits for a server delays no other.
 THREADS = 4
 
 TEXT, JSON = "text/plain; charset=utf-8", "application/json"
@@ -103,6 +103,11 @@ class _Server:
         self._listener = listener
         self.port: int = listener.getsockname()[1]
         self._clients = 0
+        self._pages = {
+            "/readyz": (self._readyz, asyncio.Semaphore(THREADS)),
+            "/status": (self._status, asyncio.Semaphore(THREADS)),
+            "/metrics": (self._metrics, asyncio.Semaphore(1)),
+        }
 
     def start(self) -> None:
         started: Future[asyncio.AbstractEventLoop] = Future()
@@ -121,7 +126,6 @@ class _Server:
 
     def _run(self, started: Future[asyncio.AbstractEventLoop]) -> None:
         loop = asyncio.new_event_loop()  # here: under gevent it belongs to the thread's own hub
-        self._turns = asyncio.Semaphore(THREADS)
         started.set_result(loop)
         try:
             starting = asyncio.start_server(self._serve, sock=self._listener, limit=LARGEST_REQUEST)
@@ -167,14 +171,13 @@ class _Server:
         return _bytes(await self._page(target.partition("?")[0]), method == "GET")
 
     async def _page(self, path: str) -> _Answer:
-        pages = {"/readyz": self._readyz, "/status": self._status, "/metrics": self._metrics}
         if path == "/livez":
             return self._livez()
-        if path not in pages:
-            known = f"{path} is not here; there are /livez, {', '.join(pages)}\n"
+        if path not in self._pages:
+            known = f"{path} is not here; there are /livez, {', '.join(self._pages)}\n"
             return _Answer(HTTPStatus.NOT_FOUND, known.encode())
         try:
-            return await asyncio.wait_for(self._aside(pages[path]), ANSWER_TIMEOUT)
+            return await asyncio.wait_for(self._aside(*self._pages[path]), ANSWER_TIMEOUT)
         except asyncio.TimeoutError:
             text = f"no answer in {ANSWER_TIMEOUT:g} s\n"
             return _Answer(HTTPStatus.SERVICE_UNAVAILABLE, text.encode())
@@ -183,16 +186,20 @@ class _Server:
             text = f"{type(error).__name__}: this is a defect of ours\n"
             return _Answer(HTTPStatus.INTERNAL_SERVER_ERROR, text.encode())
 
-    async def _aside(self, page: Callable[[], _Answer]) -> _Answer:
+    async def _aside(self, page: Callable[[], _Answer], turns: asyncio.Semaphore) -> _Answer:
         """In a thread of its own; so many at a time, also of those that nobody waits for now."""
-        await self._turns.acquire()
-        future = in_native_thread(page)
-        future.add_done_callback(self._release)
+        await turns.acquire()
+        try:
+            future = in_native_thread(page)
+        except BaseException:  # there can be no more threads
+            turns.release()
+            raise
+        future.add_done_callback(lambda _: self._release(turns))
         return await asyncio.wrap_future(future)
 
-    def _release(self, _: Future[_Answer]) -> None:
+    def _release(self, turns: asyncio.Semaphore) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(self._turns.release)
+            self._loop.call_soon_threadsafe(turns.release)
 
     # -- pages -------------------------------------------------------------------------------------
 

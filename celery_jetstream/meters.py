@@ -8,6 +8,7 @@ finds them. Receivers run on hot paths, in any thread; they do no I/O but, with
 from __future__ import annotations
 
 import os
+import threading
 from collections import Counter as Tally
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
@@ -19,14 +20,22 @@ from . import signals
 from .catalogue import LOOKED_UP, METRICS, OTHER
 from .exceptions import ConfigurationError
 from .settlement import Ack, DeadLetter, Settlement
-from .threads import native_lock
 
-__all__ = ("start", "stop")
+__all__ = ("collecting", "start", "stop")
 
-#: Values of ``reason`` and ``handler`` that one process tells apart: a middleware may give reasons
-#: of its own, and what it puts in them is not ours to know.
-MOST_VALUES = 200
+#: Values of ``reason`` and ``handler`` that one process tells apart, and how long each may be: a
+#: middleware may give reasons of its own, and what it puts in them is not ours to know.
+MOST_VALUES, LONGEST_VALUE = 200, 200
 NO_HANDLER = "none"
+
+# A lock of prometheus_client that another thread has while this one forks would stay locked in the
+# child for ever: nobody counts or collects during a fork. These are of their kind also under
+# gevent: a greenlet that waits for theirs with a native one would have the next stop all greenlets.
+_lock, collecting = threading.Lock(), threading.Lock()
+for lock in (_lock, collecting) if hasattr(os, "register_at_fork") else ():
+    os.register_at_fork(
+        before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release
+    )
 
 
 def start() -> Meters:
@@ -36,15 +45,16 @@ def start() -> Meters:
         ConfigurationError: prometheus_client is not installed.
     """
     global _meters
-    if _meters is None:
-        try:
-            _meters = Meters()
-        except ImportError as error:
-            raise ConfigurationError(
-                "jetstream_metrics is on, and prometheus_client is not installed: pip install "
-                f'"celery-jetstream[prometheus]" ({error})',
-                setting="jetstream_metrics",
-            ) from error
+    with _lock:  # the first requests of a web process come at once
+        if _meters is None:
+            try:
+                _meters = Meters()
+            except ImportError as error:
+                raise ConfigurationError(
+                    "jetstream_metrics is on, and prometheus_client is not installed: pip install "
+                    f'"celery-jetstream[prometheus]" ({error})',
+                    setting="jetstream_metrics",
+                ) from error
     _meters.connect()
     return _meters
 
@@ -77,19 +87,10 @@ class Meters:
                 self._metrics[metric.name] = make[metric.kind](
                     metric.full_name, metric.help, metric.labels, **options
                 )
-                for value in metric.known:
-                    self._metrics[metric.name].labels(value)
+                for values in metric.known:
+                    self._metrics[metric.name].labels(*values)
         self._seen: dict[str, set[str]] = {"handler": set(), "reason": set()}
         self._child = lru_cache(maxsize=1024)(self._make_child)
-        # A lock of prometheus_client that another thread has while this one forks would stay
-        # locked in the child for ever: nobody counts during a fork.
-        self._lock = native_lock()
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(
-                before=self._lock.acquire,
-                after_in_parent=self._lock.release,
-                after_in_child=self._lock.release,
-            )
 
     def connect(self) -> None:
         """Has the signals counted; harmless to repeat."""
@@ -185,21 +186,21 @@ class Meters:
         return metric.labels(*labels) if labels else metric
 
     def _inc(self, name: str, *labels: str, amount: float = 1.0) -> None:
-        with self._lock:
+        with _lock:
             self._child(name, *labels).inc(amount)
 
     def _set(self, name: str, value: float) -> None:
-        with self._lock:
+        with _lock:
             self._child(name).set(value)
 
     def _observe(self, name: str, value: float, *labels: str) -> None:
-        with self._lock:
+        with _lock:
             self._child(name, *labels).observe(value)
 
     def _bounded(self, label: str, value: str) -> str:
         seen = self._seen[label]
         if value not in seen:
-            if len(seen) >= MOST_VALUES:
+            if len(seen) >= MOST_VALUES or len(value) > LONGEST_VALUE:
                 return OTHER
             seen.add(value)
         return value or NO_HANDLER

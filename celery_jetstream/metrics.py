@@ -22,7 +22,7 @@ from typing import Any
 
 from celery import bootsteps
 
-from . import meters, signals
+from . import meters
 from .catalogue import LOOKED_UP, METRICS
 from .exceptions import ConfigurationError, NotConnectedError
 from .threads import in_native_thread, wait
@@ -84,6 +84,8 @@ def serve(jetstream: Any) -> Callable[[], None] | None:
             error,
         )
         return None
+    if hasattr(os, "register_at_fork"):  # or a child of a killed worker keeps the port
+        os.register_at_fork(after_in_child=server.socket.close)
     logger.info("metrics are at http://%s:%d/metrics", host, server.server_port)
 
     def stop() -> None:
@@ -162,7 +164,9 @@ class _Registry:
             multiprocess.MultiProcessCollector(registry, directory)  # type: ignore[no-untyped-call]
             yield from registry.collect()
         else:
-            yield from REGISTRY.collect()
+            with meters.collecting:
+                counted = list(REGISTRY.collect())
+            yield from counted
         found = _looks(self._jetstream).found()
         for metric in METRICS:
             if metric.processes == LOOKED_UP and metric.name in found:
@@ -202,17 +206,22 @@ class _Looks:
         self._looking: Future[Found] | None = None
 
     def found(self) -> Found:
-        """The values by metric; of what cannot be found out now, only that."""
-        with self._lock:
-            if time.monotonic() >= self._until:
-                self._cached = {"collector_up": {}}
-                self._look("nats", self._ask_nats)
-                if self._jetstream.config.has_database:
-                    self._look("outbox", self._ask_outbox)
-                self._until = time.monotonic() + CACHE
-            return self._cached | self._here()
+        """The values by metric; of what cannot be found out now, only that.
 
-    def _look(self, collector: str, look: Callable[[], Found | None]) -> None:
+        Who comes while another looks gets what was found before, and waits for nobody.
+        """
+        if time.monotonic() >= self._until and self._lock.acquire(blocking=False):
+            try:
+                found: Found = {"collector_up": {}}
+                self._look(found, "nats", self._ask_nats)
+                if self._jetstream.config.has_database:
+                    self._look(found, "outbox", self._ask_outbox)
+                self._cached, self._until = found, time.monotonic() + CACHE
+            finally:
+                self._lock.release()
+        return self._cached | self._here()
+
+    def _look(self, cached: Found, collector: str, look: Callable[[], Found | None]) -> None:
         found: Found | None = {}
         up = True
         try:
@@ -221,18 +230,19 @@ class _Looks:
             up = False
             logger.debug("metrics of %s could not be found out: %s", collector, error)
         if found is not None:
-            self._cached["collector_up"][(collector,)] = float(up)
-            self._cached |= found
+            cached["collector_up"][(collector,)] = float(up)
+            cached.update(found)
 
     def _here(self) -> Found:
         """What this process knows of itself."""
-        bridge = _bridges.get(self._jetstream)
-        if bridge is None:
-            return {"messages_in_flight": {(): len(self._jetstream.keeper.held())}}
-        return {
-            "messages_in_flight": {(): bridge.in_flight},
-            "broker_connected": {(): float(bridge.broker_connected)},
-        }
+        jetstream = self._jetstream
+        found: Found = {"ready": {(): float(jetstream.health.now()["ready"])}}
+        if bridge := jetstream.running.get("bridge"):
+            found["messages_in_flight"] = {(): bridge.in_flight}
+            found["broker_connected"] = {(): float(bridge.broker_connected)}
+        else:
+            found["messages_in_flight"] = {(): len(jetstream.keeper.held())}
+        return found
 
     # -- NATS --------------------------------------------------------------------------------------
 
@@ -298,13 +308,9 @@ def _number(count: int | str) -> float:
 
 
 _all_looks: weakref.WeakKeyDictionary[Any, _Looks] = weakref.WeakKeyDictionary()
-_bridges: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_all_looks.clear)  # a look that runs ends in the parent
 
 
 def _looks(jetstream: Any) -> _Looks:
-    return _all_looks.setdefault(jetstream, _Looks(jetstream))
-
-
-@signals.bridge_ready.connect(weak=False)
-def _know_bridge(sender: Any = None, bridge: Any = None, **_: Any) -> None:
-    _bridges[sender] = bridge
+    return _all_looks.setdefault(jetstream, _Looks(weakref.proxy(jetstream)))

@@ -1,8 +1,9 @@
-"""Keeps payloads out of lines that Celery itself logs about copies.
+"""Keeps payloads out of lines that Celery itself logs about copies, and about ``publish_event``.
 
 A worker that does not know a task, or cannot read a copy, has Celery log all of the message; at
-DEBUG level each job of a pool is. Our own lines have no payload in the first place, and a copy's
-``argsrepr`` is the event's type.
+DEBUG level each job of a pool is; and lines about a task that is received, or fails, have its
+arguments in a field, ``data``, which formatters for machines show. Our own lines have no payload in
+the first place, and a copy's ``argsrepr`` is the event's type.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from .handlers import HEADER
 __all__ = ("hide_payloads",)
 
 #: Where Celery logs what it was sent.
-LOGGERS = ("celery.worker.consumer.consumer", "celery.pool")
+LOGGERS = (
+    *("celery.worker.consumer.consumer", "celery.pool"),
+    *("celery.worker.strategy", "celery.app.trace"),
+)
 HIDDEN = "(not shown: an event's payload)"
-#: What a text has in it that a copy, its headers or its envelope was made into.
-MARKS = (f"'{HEADER}': ", "event_type")
+#: What a text has in it that a copy, its headers, its envelope or ``publish_event`` was made into.
+MARKS = (f"'{HEADER}': ", "event_type", "celery_jetstream.publish_event")
 
 
 def hide_payloads() -> None:
@@ -31,6 +35,11 @@ def hide_payloads() -> None:
 def _hide(record: logging.LogRecord) -> bool:
     if isinstance(record.args, tuple) and any(map(_tells, record.args)):
         record.args = tuple(map(_shown, record.args))
+    for field in ("args", "data"):  # the same: for the text, and for machines
+        found = getattr(record, field, None)
+        if isinstance(found, Mapping) and any(map(_tells, found.values())):
+            hidden = {name: HIDDEN for name in ("args", "kwargs") if name in found}
+            setattr(record, field, {**found, **hidden})
     return True
 
 

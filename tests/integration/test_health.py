@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,8 +25,8 @@ from sqlalchemy import create_engine, event, text
 
 from celery_jetstream import JetStream, cli_status, diagnosis, health, jetstream_handler, status
 from celery_jetstream.direct import Intake
-from celery_jetstream.exceptions import ConfigurationError
-from celery_jetstream.http import serving
+from celery_jetstream.exceptions import ConfigurationError, OutboxUnavailableError
+from celery_jetstream.http import THREADS, serving
 from celery_jetstream.testing import NatsServer, wait_until
 from tests.conftest import Names
 from tests.databases import Database
@@ -237,6 +238,31 @@ def test_what_was_wrong_is_asked_about_again_soon(
     wait_until(lambda: jetstream.health_check()["healthy"], 5, "it to be green")
 
 
+def test_what_is_known_to_be_wrong_keeps_nobody_waiting(
+    nats_server: NatsServer,
+    make_jetstream: MakeJetStream,
+    sqlite: Database,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A database that hangs until the driver gives up, and again at the next look."""
+    monkeypatch.setattr(health, "HASTE", 0.0)
+    jetstream = make_jetstream(nats_server.url, jetstream_database_url=sqlite.url)
+    jetstream.provision()
+    released = threading.Event()
+
+    def status() -> dict[str, Any]:
+        raise OutboxUnavailableError("it is away")
+
+    monkeypatch.setattr(jetstream.outbox, "status", status)
+    assert "database_away" in codes(jetstream.health_check())
+    monkeypatch.setattr(jetstream.outbox, "status", lambda: released.wait(20) and status())
+    for _ in range(3):
+        began = time.monotonic()
+        assert "database_away" in codes(jetstream.health_check())
+        assert time.monotonic() - began < 2
+    released.set()
+
+
 def test_a_server_that_hangs_gives_no_answer_in_time(
     own_server: NatsServer, make_jetstream: MakeJetStream
 ) -> None:
@@ -349,6 +375,29 @@ def test_a_slow_client_is_dropped_and_so_are_too_many(monkeypatch: pytest.Monkey
             assert clients[0].recv(1) == b""
         assert time.monotonic() - began < 3
         wait_until(lambda: get(port, "/nothing")[0] == 404, 5, "room for others")
+
+
+def test_a_status_that_waits_keeps_no_probe_waiting() -> None:
+    released, asked = threading.Event(), list[None]()
+
+    def check() -> dict[str, Any]:
+        asked.append(None)
+        released.wait(20)
+        return {"healthy": True}
+
+    told = {"alive": True, "ready": True}
+    watched = SimpleNamespace(running={}, health=SimpleNamespace(check=check, now=lambda: told))
+    with serving(watched, ("127.0.0.1", 0)) as port, ThreadPoolExecutor(6) as threads:
+        assert port
+        waiting = [threads.submit(get, port, "/status") for _ in range(6)]
+        try:
+            wait_until(lambda: len(asked) == THREADS, 5, "/status to be busy")
+            began = time.monotonic()
+            assert get(port, "/readyz") == (200, "ok\n")
+            assert time.monotonic() - began < 2
+        finally:
+            released.set()
+        assert {answer.result()[0] for answer in waiting} == {200}
 
 
 # -- outbox and inbox ------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from celery import Celery
+
 from celery_jetstream import JetStream
 from tests.servers import wait_until
 from tests.watching import Watched
@@ -62,6 +64,11 @@ def test_payloads_are_logged_nowhere(watched: Watched) -> None:
     watched.worker.wait_for("is handed back: this worker cannot run it")
     stack.api(f"STREAM.MSG.DELETE.{stack.names.stream_name}", {"seq": unknown.sequence})
     stack.wait_settled(20)
+    with Celery("web", broker=stack.settings["broker_url"], set_as_current=False) as web:
+        event = {"payload": MARK, "event_type": "not a type"}
+        queue = stack.settings["task_default_queue"]
+        task = web.send_task("celery_jetstream.publish_event", kwargs=event, queue=queue)
+        watched.worker.wait_for(f"publish_event[{task.id}] raised unexpected")
     for process in (watched.worker, watched.bridge):
         text = process.text()
         leaks = [line[:400] for line in text.splitlines() if MARK in line]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ from celery_jetstream.bridge import Bridge
 from tests.conftest import Names
 from tests.databases import Database
 from tests.servers import NatsServer, wait_until
+from tests.stack import ROOT
 from tests.watching import Watched, samples
 
 
@@ -154,7 +157,7 @@ def test_a_bridge_tells_of_its_broker_and_the_lag_and_answers_when_nats_hangs(
     running = threading.Thread(target=bridge.run)
     running.start()
     try:
-        wait_until(lambda: bridge in metrics._bridges.values(), 10, "the bridge")
+        wait_until(lambda: told(jetstream)[("ready", ())] == 1, 10, "the bridge")
         found = told(jetstream)
         assert found[("broker_connected", ())] == 1
         assert found[("messages_in_flight", ())] == 0
@@ -170,6 +173,7 @@ def test_a_bridge_tells_of_its_broker_and_the_lag_and_answers_when_nats_hangs(
         assert found[nats] == 0
         assert not any(name == "consumer_pending_messages" for name, _ in found)
         wait_until(lambda: told(jetstream)[("connection_down", ())] == 1, 10, "the loss")
+        assert told(jetstream)[("ready", ())] == 0
         own_server.resume()
         wait_until(lambda: told(jetstream)[nats] == 1, 20, "it again")
         assert told(jetstream)[("connection_down", ())] == 0
@@ -184,3 +188,27 @@ def test_an_address_that_is_taken_is_said_and_no_more(
     jetstream = make_app("nats://localhost:1", jetstream_metrics_address=watched.port)
     assert metrics.serve(jetstream) is None
     assert "an address of its own" in caplog.text
+
+
+def test_the_address_is_free_when_the_worker_is_gone_and_a_child_of_it_is_not() -> None:
+    code = """
+import os, signal
+from celery import Celery
+from celery_jetstream import JetStream
+from celery_jetstream.metrics import serve
+from celery_jetstream.testing import free_port
+
+app = Celery("a", broker="memory://")
+app.conf.update(jetstream_app_name="a", jetstream_destination_app="b")
+app.conf.jetstream_metrics_address = free_port()
+jetstream = JetStream(app)
+stop = serve(jetstream)
+if not (child := os.fork()):
+    signal.pause()
+stop()
+again = serve(jetstream)
+os.kill(child, signal.SIGKILL)
+os.waitpid(child, 0)
+raise SystemExit(again is None)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=20)

@@ -338,6 +338,7 @@ def test_with_every_fact_unknown_nothing_fires() -> None:
         ("ack-wait", consumer(ack_wait=60 * 10**9), "server's ack_wait is 60 s"),
         ("autovacuum", table(live=100_000, dead=20_000), "20000"),
         ("max-ack-pending", worker(concurrency=None), "0 processes"),
+        ("max-ack-pending", worker(queues=("mail",), concurrency=20_000), "0 processes"),
     ],
 )
 def test_what_is_no_fault(code: str, changes: dict[str, Any], text: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from celery_jetstream import tasks
+from celery_jetstream import JetStream, tasks
 from celery_jetstream.exceptions import OutboxUnavailableError
 from celery_jetstream.flusher import FlushResult
 from celery_jetstream.privacy import HIDDEN, hide_payloads
@@ -78,6 +78,21 @@ def test_celerys_lines_show_nothing_of_a_copy(
     assert len(logger.filters) == 1
 
 
+def test_fields_of_celerys_lines_show_nothing_of_an_event_that_a_task_publishes(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    hide_payloads()
+    app = Celery("a", broker="memory://", set_as_current=False)
+    app.conf.update(jetstream_app_name="a", jetstream_destination_app="b")
+    JetStream(app)
+    task = app.tasks["celery_jetstream.publish_event"]
+    task.apply(kwargs={"payload": "secret" * 1000, "event_type": "no type"})
+    (line,) = [record for record in caplog.records if record.name == "celery.app.trace"]
+    assert "raised unexpected: EventError" in line.getMessage()
+    assert (line.data["name"], line.data["kwargs"]) == (task.name, HIDDEN)  # type: ignore[attr-defined]
+    assert not any("secret" in str(vars(record)) for record in caplog.records)
+
+
 def test_celerys_lines_about_other_tasks_are_as_they_were(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -85,3 +100,6 @@ def test_celerys_lines_about_other_tasks_are_as_they_were(
     body = "[[1, 2], {}, {}]" + " " * 99
     logging.getLogger("celery.worker.consumer.consumer").error("%s %s", body, {"task": "plain"})
     assert body in caplog.text
+    data = {"name": "plain", "args": "(1,)", "kwargs": "{}"}
+    logging.getLogger("celery.worker.strategy").error("%(name)s", data, extra={"data": data})
+    assert caplog.records[-1].data == data  # type: ignore[attr-defined]

@@ -6,6 +6,9 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +19,8 @@ import yaml
 from celery import Celery
 from prometheus_client import REGISTRY
 
-from celery_jetstream import Ack, DeadLetter, Delivery, JetStream, Nak, meters, signals
-from celery_jetstream.catalogue import LOOKED_UP, METRICS, OTHER, REASONS
+from celery_jetstream import Ack, DeadLetter, Delivery, JetStream, Nak, meters, metrics, signals
+from celery_jetstream.catalogue import LOOKED_UP, METRICS, OTHER, OUTCOMES, REASONS
 from celery_jetstream.config import Config
 from celery_jetstream.exceptions import ConfigurationError
 from celery_jetstream.metrics import exposition
@@ -69,6 +72,10 @@ def test_the_reasons_are_those_that_are_given() -> None:
     assert {a or b for a, b in given} - {"reason"} == set(REASONS)
 
 
+def test_the_outcomes_are_those_that_there_are() -> None:
+    assert {*OUTCOMES, "queued"} == {"duplicate", *(verdict.value for verdict in Verdict)}
+
+
 # -- the alert rules -------------------------------------------------------------------------------
 
 
@@ -97,6 +104,18 @@ def test_a_rule_names_metrics_and_labels_that_there_are(rule: dict[str, Any]) ->
     assert expression.count("(") == expression.count(")")
     for counter in re.findall(r"celery_jetstream_\w+_total", expression):
         assert re.search(rf"(rate|increase)\({counter}(\{{[^}}]*\}})?\[", expression), counter
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
+def test_what_a_rule_counts_is_there_from_the_beginning(rule: dict[str, Any]) -> None:
+    """Prometheus sees no increase in the first value of a series: one error would not ring."""
+    found = re.findall(r"increase\((celery_jetstream_\w+)(?:\{(.*?)\})?\[", rule["expr"])
+    for name, selector in found:
+        metric = BY_NAME[name]
+        assert metric.known or not metric.labels, name
+        for label, values in re.findall(r'(\w+)=~?"([^"]*)"', selector):
+            place = metric.labels.index(label)
+            assert set(values.split("|")) <= {known[place] for known in metric.known}
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
@@ -183,21 +202,22 @@ def test_messages_count_by_handler_and_outcome(counted: Any) -> None:
     assert counted("messages_settled_total", handler="none", outcome="nak") == 1
 
 
-def test_reasons_are_there_before_they_are_given(counted: Any) -> None:
-    values = [
-        REGISTRY.get_sample_value("celery_jetstream_dead_letters_total", {"reason": reason})
-        for reason in REASONS
-    ]
-    assert None not in values
+def test_what_is_known_is_there_before_it_is_counted(counted: Any) -> None:
+    for metric in METRICS:
+        for values in metric.known:
+            labels = dict(zip(metric.labels, values, strict=True))
+            assert REGISTRY.get_sample_value(metric.full_name, labels) is not None, values
 
 
 def test_labels_are_bounded(counted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = ["a body" * 1000, *(f"user {number}" for number in range(10))]
     monkeypatch.setattr(meters, "MOST_VALUES", 3)
-    for number in range(10):
+    for reason in reasons:
         signals.message_dead_lettered.send(
-            None, delivery=DELIVERY, reason=f"user {number}", headers={}, handler=""
+            None, delivery=DELIVERY, reason=reason, headers={}, handler=""
         )
-    assert counted("dead_letters_total", reason=OTHER) >= 7
+    assert counted("dead_letters_total", reason=OTHER) >= 8
+    assert counted("dead_letters_total", reason=reasons[0]) == 0
 
 
 def test_a_receiver_that_fails_disturbs_nobody(counted: Any) -> None:
@@ -206,6 +226,130 @@ def test_a_receiver_that_fails_disturbs_nobody(counted: Any) -> None:
         None, rows=[object()], results=[result(Verdict.STORED)], seconds=0.0, since_read=0.0
     )
     assert counted("events_published_total", via="outbox", outcome="stored") == 1
+
+
+# -- threads ---------------------------------------------------------------------------------------
+
+
+def run(code: str) -> None:
+    """In a process of its own, which ends by itself if it hangs."""
+    begin = "import faulthandler; faulthandler.dump_traceback_later(20, exit=True)\n"
+    subprocess.run([sys.executable, "-c", begin + textwrap.dedent(code)], check=True, cwd=ROOT)
+
+
+def test_threads_that_begin_at_once_share_the_metrics() -> None:
+    """The first requests of a web process."""
+    run(
+        """
+        import sys
+        from concurrent.futures import ThreadPoolExecutor
+        from threading import Barrier
+        from celery_jetstream import meters
+
+        sys.setswitchinterval(1e-5)
+        barrier = Barrier(8)
+
+        def start(_):
+            barrier.wait()
+            return meters.start()
+
+        with ThreadPoolExecutor(8) as threads:
+            assert len(set(threads.map(start, range(8)))) == 1
+        """
+    )
+
+
+def test_under_gevent_a_greenlet_that_waits_for_a_metric_stops_no_other() -> None:
+    """A page of metrics is made in a thread of its own, which has the metric's lock meanwhile."""
+    pytest.importorskip("gevent")
+    run(
+        """
+        from gevent import monkey; monkey.patch_all()
+        import gevent, time
+        from celery_jetstream import meters
+        from celery_jetstream.threads import in_native_thread
+
+        started = meters.start()
+        lock = started._metrics["messages_received_total"]._value._lock
+        sleep = monkey.get_original("time", "sleep")
+
+        def collect():
+            with lock:
+                held.append(True)
+                sleep(0.3)
+
+        held = []
+        collecting = in_native_thread(collect)
+        while not held:
+            gevent.sleep(0.01)
+        counting = [gevent.spawn(started._inc, "messages_received_total") for _ in range(3)]
+        assert len(gevent.joinall(counting, timeout=10)) == 3
+        """
+    )
+
+
+def test_a_scrape_waits_for_no_other_ones_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = SimpleNamespace(
+        config=SimpleNamespace(has_database=False),
+        health=SimpleNamespace(now=lambda: {"ready": True}),
+        running={},
+        keeper=SimpleNamespace(held=list),
+    )
+    looks, asked, released = metrics._Looks(here), threading.Event(), threading.Event()
+
+    def ask() -> Any:
+        asked.set()
+        released.wait(10)
+        return {"dead_letters_stored": {(): 7.0}}
+
+    monkeypatch.setattr(looks, "_ask_nats", ask)
+    first = threading.Thread(target=looks.found)
+    first.start()
+    assert asked.wait(10)
+    began = time.monotonic()
+    assert looks.found() == {"ready": {(): 1.0}, "messages_in_flight": {(): 0}}
+    assert time.monotonic() - began < 2
+    released.set()
+    first.join()
+    assert looks.found()["dead_letters_stored"] == {(): 7.0}
+
+
+def test_a_child_that_is_forked_while_metrics_are_collected_counts() -> None:
+    run(
+        """
+        import os, threading, time
+        from celery import Celery
+        from prometheus_client import REGISTRY
+        from celery_jetstream import JetStream, meters
+        from celery_jetstream.metrics import _Registry
+
+        app = Celery("a", broker="memory://")
+        app.conf.update(jetstream_app_name="a", jetstream_destination_app="b")
+        started, held = meters.start(), threading.Event()
+
+        class Slow:
+            def collect(self):
+                with started._metrics["messages_received_total"]._value._lock:
+                    held.set()
+                    time.sleep(0.3)
+                return ()
+
+        REGISTRY.register(Slow())
+        held.clear()
+        page = iter(_Registry(JetStream(app)).collect())
+        threading.Thread(target=next, args=(page,)).start()
+        held.wait()
+        if not (child := os.fork()):
+            started._inc("messages_received_total")
+            os._exit(0)
+        ends = time.monotonic() + 5
+        while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < ends:
+            time.sleep(0.01)
+        if not ended[0]:
+            os.kill(child, 9)
+        raise SystemExit(ended != (child, 0))
+        """
+    )
 
 
 # -- on, and off -----------------------------------------------------------------------------------
