@@ -21,6 +21,23 @@ LAST_DAY, LAST_WEEKS = 86400.0, 14 * 86400.0
 PROVISION = "run 'celery -A … jetstream provision'"
 
 
+@check(
+    "reachable", "Of what does not answer nothing is known: the checks that need it are skipped."
+)
+def reachable(facts: Facts) -> Iterator[Result]:
+    asked: dict[str, object] = {"NATS": facts.server}
+    if facts.config.has_database:
+        asked["the database"] = facts.database
+    for what, answer in asked.items():
+        if isinstance(answer, Unknown):
+            yield error(
+                f"{what}: {answer}",
+                "have it come back, or correct the settings; then call the doctor again",
+            )
+        else:
+            yield ok(f"{what} answers")
+
+
 @check("server-version", "A server ignores what its version does not know, and says nothing.")
 def server_version(facts: Facts) -> Iterator[Result]:
     version = known(facts.server).version
@@ -206,6 +223,7 @@ def takers(facts: Facts) -> Iterator[Result]:
 
 
 CHECKS: tuple[Check, ...] = (
+    reachable,
     server_version,
     permissions,
     expiry,
