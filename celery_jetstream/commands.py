@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from datetime import datetime, timezone
@@ -180,9 +181,13 @@ def progress_of(label: str) -> Iterator[Callable[[int, int], None] | None]:
     if not sys.stderr.isatty():
         yield None
         return
-    with click.progressbar(length=1, label=label, file=sys.stderr) as bar:
+    with click.progressbar(
+        length=1, label=label, file=sys.stderr, show_pos=True, show_percent=True
+    ) as bar:
 
         def show(done: int, total: int) -> None:
+            if not done:  # they are counted, and the work begins
+                bar.start = bar.last_eta = time.time()
             bar.length = max(1, done, total)
             bar.update(done - bar.pos)
 

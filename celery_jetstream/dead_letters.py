@@ -95,7 +95,7 @@ class DeadLetters(DeadLetterAdmin):
             subject: where to, in place of where they came from.
             by: who it was, for the header ``x-redriven-by``; default user and host.
             stop: asked between pages whether to end early.
-            progress: called with numbers of the stream that are done, and in all.
+            progress: called with letters that are done, and in all; they are counted first.
 
         Returns:
             How far it came. An outage, of NATS or of the inbox's database, ends it, and so does a
@@ -111,10 +111,10 @@ class DeadLetters(DeadLetterAdmin):
         chosen = DeadLetterFilter.of(chosen)
         size = PAGE if rate is None else max(1, min(PAGE, int(rate / 10)))
         size = size if limit is None else min(size, limit)
-        pages = self.store.pages(chosen, size=size, progress=None if limit else progress)
-        due = time.monotonic()
         try:
-            for page, reached in pages:
+            tell = self.telling(progress, chosen, limit=limit, stop=stop)
+            due = time.monotonic()
+            for page, reached in self.store.pages(chosen, size=size):
                 read = time.monotonic()
                 for some in run.parts(page, size, limit):
                     if time.monotonic() - read > FRESH:  # perhaps purged, or redriven by another
@@ -123,8 +123,7 @@ class DeadLetters(DeadLetterAdmin):
                         return run.ended("stopped")
                     before, began = run.result.redriven, time.monotonic()
                     run.send(some)
-                    if progress and limit:
-                        progress(run.done, limit)
+                    tell(run.done)
                     if run.result.error or run.done == limit:
                         return run.result
                     if rate and not dry_run:

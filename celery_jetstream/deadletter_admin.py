@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice, takewhile
 from typing import IO, Any
 
 from . import subjects
@@ -112,17 +113,39 @@ class DeadLetterAdmin:
             target: where to, a text file.
             chosen: which ones.
             after: go on after the one with this number.
-            progress: called with numbers of the stream that are done, and in all.
+            progress: called with letters that are done, and in all; they are counted first.
 
         Returns:
             How many.
         """
-        done = 0
-        for page, _ in self.store.pages(chosen, after, progress=progress):
+        done, tell = 0, self.telling(progress, chosen, after=after)
+        for page, _ in self.store.pages(chosen, after):
             for letter in page:
                 target.write(json.dumps(letter.as_record(), ensure_ascii=False) + "\n")
             done += len(page)
+            tell(done)
         return done
+
+    def telling(
+        self,
+        progress: Progress | None,
+        chosen: DeadLetterFilter,
+        *,
+        after: int = 0,
+        limit: int | None = None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Callable[[int], object]:
+        """What is told how many are done. Counts them first, where somebody looks at it."""
+        if progress is None:
+            return lambda done: None
+        if chosen.is_empty and not after:
+            total = self.store.total()
+            total = total if limit is None else min(total, limit)
+        else:
+            pages = takewhile(lambda _: not stop(), self.store.pages(chosen, after))
+            total = sum(1 for _ in islice((letter for page, _ in pages for letter in page), limit))
+        progress(0, total)
+        return lambda done: progress(done, total)
 
     # -- deleting --------------------------------------------------------------------------------
 
@@ -144,19 +167,21 @@ class DeadLetterAdmin:
             limit: how many at the most.
             dry_run: only count them.
             stop: asked between pages whether to end early.
-            progress: called with numbers of the stream that are done, and in all.
+            progress: called with letters that are done, and in all; they are counted first.
         """
         chosen = DeadLetterFilter.of(chosen)
         purged = last = 0
         error = None
         try:
-            for page, reached in self.store.pages(chosen, progress=progress):
+            tell = self.telling(progress, chosen, limit=limit, stop=stop)
+            for page, reached in self.store.pages(chosen):
                 if stop():
                     error = "stopped"
                     break
                 page = page if limit is None else page[: limit - purged]
                 found = [letter.sequence for letter in page]
                 purged += len(found) if dry_run else self.store.remove(found)
+                tell(purged)
                 last = page[-1].sequence if page and purged == limit else reached
                 if purged == limit:
                     break

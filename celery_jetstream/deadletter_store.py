@@ -38,7 +38,7 @@ __all__ = ("PAGE", "DeadLetterStore", "Letters", "Progress")
 T = TypeVar("T")
 Letters = list[StoredDeadLetter]
 Messages = list[dict[str, Any]]
-#: Told of numbers of the stream that are done, and of how many there are.
+#: Told of letters that are done, and of how many there are to do.
 Progress = Callable[[int, int], None]
 
 #: How many read side by side; letters, and bytes for each, that one page is to have.
@@ -77,7 +77,6 @@ class DeadLetterStore:
         after: int = 0,
         *,
         size: int = PAGE,
-        progress: Progress | None = None,
     ) -> Iterator[tuple[Letters, int]]:
         """Those that a filter admits, and the number up to which all were looked at.
 
@@ -93,15 +92,16 @@ class DeadLetterStore:
                 found = self._patiently(self._pick, some)
                 yield [letter for letter in found if chosen.admits(letter)], some[-1]
             return
-        first, place, span = None, after + 1, size
+        place, span = after + 1, size
         while place is not None and place <= last:
             found, reached = self._patiently(self._wave, place, span, last, size)
-            first = (found[0].sequence if found else place) if first is None else first
             yield [letter for letter in found if chosen.admits(letter)], min(last, reached - 1)
-            if progress:
-                progress(min(last, reached - 1) - first + 1, last - first + 1)
             span = _next_span(span, found, size)
             place = reached
+
+    def total(self) -> int:
+        """How many there are, of every kind: one question."""
+        return self._patiently(self._total)
 
     def still_there(self, letters: Sequence[StoredDeadLetter]) -> Letters:
         """Those that nobody has deleted since they were read."""
@@ -135,10 +135,18 @@ class DeadLetterStore:
 
     async def _last(self) -> int:
         """The stream's last number. 2.9.10 forgets a subject's when that message is deleted."""
-        found = await self._ask(await self._connection.session(ASK_TIMEOUT), self._info, {})
+        return int((await self._state())["last_seq"])
+
+    async def _total(self) -> int:
+        found = (await self._state(subjects_filter=self.subject)).get("subjects") or {}
+        return int(found.get(self.subject, 0))
+
+    async def _state(self, **request: str) -> dict[str, Any]:
+        found = await self._ask(await self._connection.session(ASK_TIMEOUT), self._info, request)
         if "error" in found:
             raise self._fault("read dead letters", found["error"])
-        return int(found["state"]["last_seq"])
+        state: dict[str, Any] = found["state"]
+        return state
 
     async def _pick(self, numbers: Sequence[int]) -> Letters:
         session = await self._connection.session(ASK_TIMEOUT)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import stat
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -217,6 +219,28 @@ def test_an_interrupt_ends_a_redrive_with_its_counts(
         assert f"by {who()}" in log.read_text()
     finally:
         desk.close()
+
+
+def test_a_terminal_sees_letters_and_the_time_that_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    clock = [0.0]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    with commands.progress_of("redrive") as show:
+        assert show is not None
+        clock[0] = 60.0  # for which they were counted
+        show(0, 1000)
+        for second in range(1, 6):
+            clock[0] += 1
+            show(200 * second, 1000)
+            assert f" {200 * second}/1000 " in terminal.getvalue()
+    seen = terminal.getvalue()
+    assert "200/1000   20%  00:00:04" in seen
+    assert "800/1000   80%  00:00:01" in seen
+    assert "00:00:00" not in seen
 
 
 def test_rates() -> None:
