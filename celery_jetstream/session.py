@@ -485,7 +485,8 @@ class Client(nats.aio.client.Client):
     What is not public of nats-py is used here only (tried on 2.10 to 2.16):
     ``_connect_command``, the tasks, ``_status``, ``_transport._io_writer``, ``_pending`` and
     ``_flush_queue``, ``_process_msg``, ``_build_message``, ``_process_headers``, ``_process_info``,
-    ``_pings_outstanding``, and a subscription's ``_id``.
+    ``_pings_outstanding``, and a subscription's ``_id``; and of asyncio's stream protocol
+    ``_over_ssl``.
     """
 
     on_info: Callable[[Mapping[str, Any]], None] | None = None
@@ -510,9 +511,20 @@ class Client(nats.aio.client.Client):
                 "server does not offer it: nothing was sent. Turn TLS on at the server, or use "
                 "a nats:// URL without TLS options."
             )
+        self._know_of_tls()
         command: bytes = super()._connect_command()
         self.expires = _expiry(json.loads(command.split(b" ", 1)[1]).get("jwt", ""))
         return command
+
+    def _know_of_tls(self) -> None:
+        """Tells asyncio's protocol that it is over TLS, which it learns only with a transport.
+
+        nats-py makes it and upgrades to TLS, and so it has none: at each EOF it would ask for the
+        connection to be half open, and asyncio would warn that TLS has no such thing.
+        """
+        writer = getattr(self._transport, "_io_writer", None)
+        if writer is not None and self.encrypted:
+            writer.transport.get_protocol()._over_ssl = True
 
     async def _process_info(self, info: dict[str, Any], *args: Any, **options: Any) -> None:
         self.info = info

@@ -918,6 +918,42 @@ def test_tls(
     assert works(connection)
 
 
+def test_bare_has_asyncio_warn_when_a_tls_connection_ends(
+    tls_server: NatsServer, authority: trustme.CA, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        client = await nats.connect(tls_server.url, tls=trusting(authority))
+        await client.close()
+        await asyncio.sleep(0.1)
+
+    bare(main())
+    assert "returning true from eof_received" in caplog.text
+
+
+def test_a_tls_connection_ends_without_a_word_of_asyncio(
+    authority: trustme.CA,
+    tls_server: NatsServer,
+    connect_to: Callable[..., Connection],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Closed by us, by the server, and by a server that does not let us in."""
+    trust = {"tls": trusting(authority)}
+    connection = connect_to(tls_server.url, nats_options=trust)
+    connection.connect()
+    connection.close()
+    config = f"{tls_server.config}\nauthorization {{ user: us, password: p }}"
+    with NatsServer(config=config) as server:
+        stranger = connect_to(server.url, nats_options=trust)
+        with pytest.raises(ConnectionRefusedByServer):
+            stranger.connect()
+        connection = connect_to(server.url, nats_options={**trust, "user": "us", "password": "p"})
+        connection.connect()
+        server.stop()
+        wait_until(lambda: not connection.connected, 10, "the end to be seen")
+        connection.close()
+    assert [one.getMessage() for one in caplog.records if one.name == "asyncio"] == []
+
+
 def test_bare_sends_credentials_in_clear_where_tls_was_asked_for() -> None:
     with RecordingServer(INFO) as server:
 
