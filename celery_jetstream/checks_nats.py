@@ -67,10 +67,15 @@ def server_version(facts: Facts) -> Iterator[Result]:
 def permissions(facts: Facts) -> Iterator[Result]:
     tried = known(facts.permissions)
     denied = [one for one in tried if one.error is not None]
+    print_them = f"'celery -A … jetstream provision --print-permissions --role {facts.role}'"
     for one in denied:
-        yield error(f"{one.error}: {one.what}", "have an administrator of NATS allow it")
+        yield error(
+            f"{one.error}: {one.what}",
+            f"have an administrator of NATS allow it: {print_them} has all that this user needs. "
+            "Where it is another user of the app's, give the doctor its --role",
+        )
     if not denied:
-        yield ok(f"{len(tried)} operations tried, none refused")
+        yield ok(f"{len(tried)} operations of the role {facts.role} tried, none refused")
 
 
 @check("expiry", "From that moment on no process gets in that connects anew.")

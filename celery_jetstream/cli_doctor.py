@@ -10,6 +10,7 @@ import click
 from celery.bin.base import CeleryCommand, handle_preload_options
 
 from .commands import JSON, echo_json, jetstream_of
+from .permissions import ROLES
 
 __all__ = ("doctor",)
 
@@ -33,12 +34,25 @@ COLOURS = {"ok": "green", "skipped": None, "warning": "yellow", "error": "red"}
     default="",
     help="Monitoring ports of the nats-servers: http://nats:8222 (several: with commas).",
 )
+@click.option(
+    "--role",
+    type=click.Choice(ROLES),
+    default="run",
+    show_default=True,
+    help="What its NATS user must be allowed: as the app's processes, an operator or an admin.",
+)
 @click.option("--strict", is_flag=True, help="Warnings are errors, too.")
 @JSON
 @click.pass_context
 @handle_preload_options
 def doctor(
-    ctx: click.Context, timeout: float, monitor: str, strict: bool, as_json: bool, **_: Any
+    ctx: click.Context,
+    timeout: float,
+    monitor: str,
+    role: str,
+    strict: bool,
+    as_json: bool,
+    **_: Any,
 ) -> None:
     """Looks for what works today and costs days later, and says what to do.
 
@@ -50,7 +64,7 @@ def doctor(
     jetstream = jetstream_of(app)
     app.loader.import_default_modules()
     try:
-        report = jetstream.doctor(timeout=timeout, monitor=monitor)
+        report = jetstream.doctor(timeout=timeout, monitor=monitor, role=role)
     finally:
         jetstream.close(timeout=1.0)
     if as_json:

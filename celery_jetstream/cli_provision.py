@@ -13,13 +13,13 @@ import click
 from celery.bin.base import CeleryCommand, handle_preload_options
 
 from .commands import DRY_RUN, JSON, echo_json, jetstream_of
+from .permissions import ROLES
 
 __all__ = ("provision",)
 
 #: With --check: something would be changed. (1 is an error, 2 a wrong command line.)
 WOULD_CHANGE = 3
 ADVICE = "Or let an admin do it: --creds, --nkey, --user, or --nats-url"
-ROLES = ("run", "admin", "operator")
 
 _FILE = click.Path(exists=True, dir_okay=False)
 

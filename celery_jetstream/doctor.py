@@ -21,6 +21,7 @@ from . import checks_celery, checks_database, checks_nats, checks_stream, facts_
 from .exceptions import CeleryJetStreamError, ConfigurationError
 from .facts import Facts, HandlerFacts, Unknown
 from .findings import Check, Finding
+from .permissions import ROLES
 from .threads import in_native_thread, wait
 
 __all__ = ("CHECKS", "SETTINGS", "Report", "examine")
@@ -68,7 +69,7 @@ class Report:
         }
 
 
-def examine(jetstream: Any, timeout: float = 10.0, monitor: str = "") -> Report:
+def examine(jetstream: Any, timeout: float = 10.0, monitor: str = "", role: str = "run") -> Report:
     """Looks at all that it can, and changes nothing; never raises for a server's sake.
 
     Args:
@@ -76,7 +77,13 @@ def examine(jetstream: Any, timeout: float = 10.0, monitor: str = "") -> Report:
         timeout: seconds for all of it.
         monitor: URLs of the monitoring ports of the nats-servers (``http://nats:8222``, with
             commas), which say how often they sync to disk; "" to do without.
+        role: what its NATS user is to be allowed: ``run``, ``operator`` or ``admin``.
+
+    Raises:
+        ValueError: there is no such role.
     """
+    if role not in ROLES:
+        raise ValueError(f"role is {role!r}, and must be one of {', '.join(ROLES)}")
     try:
         jetstream.check()
     except CeleryJetStreamError as error:
@@ -89,7 +96,7 @@ def examine(jetstream: Any, timeout: float = 10.0, monitor: str = "") -> Report:
         )
     else:
         wrong = (Finding(SETTINGS, "ok", "settings and handlers can be used"),)
-    facts = gather(jetstream, timeout, monitor)
+    facts = gather(jetstream, timeout, monitor, role)
     return Report((*wrong, *(finding for check in CHECKS for finding in _apply(check, facts))))
 
 
@@ -113,17 +120,17 @@ def _apply(check: Check, facts: Facts) -> list[Finding]:
 # -- facts -----------------------------------------------------------------------------------------
 
 
-def gather(jetstream: Any, timeout: float, monitor: str = "") -> Facts:
+def gather(jetstream: Any, timeout: float, monitor: str = "", role: str = "run") -> Facts:
     """All facts that can be had in ``timeout`` seconds; NATS, Celery and the database at once."""
     app, config = jetstream.app, jetstream.config
     ends = time.monotonic() + timeout
-    unanswered = Unknown(f"not answered in {timeout:g} s")
+    unanswered = Unknown(f"not answered in {timeout:g} s (--timeout)")
     found: dict[str, Any] = dict.fromkeys((*NATS, *DATABASE, "workers", "syncs"), unanswered)
     handlers = _tried(partial(facts_celery.handler_facts, app))
     uses_inbox = config.use_inbox or _has_inbox(handlers)
 
     asked: list[tuple[tuple[str, ...], Future[Any]]] = [
-        (NATS, jetstream.connection.submit(_look_at_nats, jetstream, timeout, found)),
+        (NATS, jetstream.connection.submit(_look_at_nats, jetstream, timeout, role, found)),
         (("workers",), in_native_thread(partial(_into, found, "workers", _workers(app, timeout)))),
         (
             ("syncs",),
@@ -146,6 +153,7 @@ def gather(jetstream: Any, timeout: float, monitor: str = "") -> Facts:
         handlers=handlers,
         flush=_tried(partial(facts_celery.flush_facts, app, config.outbox_queue)),
         clocks=clocks,
+        role=role,
         **learned,
     )
 
@@ -169,8 +177,8 @@ def _workers(app: Any, timeout: float) -> Callable[[], Any]:
     return partial(facts_celery.workers, app, timeout * 0.8)
 
 
-async def _look_at_nats(jetstream: Any, timeout: float, found: dict[str, Any]) -> None:
-    look = facts_nats.look(jetstream.connection, jetstream.config, jetstream, found)
+async def _look_at_nats(jetstream: Any, timeout: float, role: str, found: dict[str, Any]) -> None:
+    look = facts_nats.look(jetstream.connection, jetstream.config, jetstream, role, found)
     await asyncio.wait_for(look, timeout)
 
 

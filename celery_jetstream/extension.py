@@ -222,7 +222,7 @@ class JetStream:
                 self._health = self._health or Health(self)
         return self._health
 
-    def doctor(self, timeout: float = 10.0, monitor: str = "") -> Report:
+    def doctor(self, timeout: float = 10.0, monitor: str = "", role: str = "run") -> Report:
         """Looks for what works today and costs days later; changes nothing, raises for no server.
 
         See ``errors``, ``warnings`` and ``findings`` (docs/reference/doctor.md).
@@ -230,10 +230,14 @@ class JetStream:
         Args:
             timeout: seconds for all of it.
             monitor: the nats-servers' monitoring ports, as ``http://nats:8222``, with commas.
+            role: what the NATS user is to be allowed: ``run``, ``operator`` or ``admin``.
+
+        Raises:
+            ValueError: there is no such role.
         """
         from .doctor import examine
 
-        return examine(self, timeout, monitor)
+        return examine(self, timeout, monitor, role)
 
     # -- publishing ------------------------------------------------------------------------------
 

@@ -172,6 +172,7 @@ class Facts:
 
     Attributes:
         flush: the task ``flush_outbox``, described as a handler is.
+        role: what our NATS user is to be allowed, a word of ``--role``'s.
         plan: what ``provision`` would do, or why it could not.
         syncs: server to how often it syncs to disk: ``always``, or seconds as text.
         clocks: the database's and NATS's.
@@ -193,6 +194,7 @@ class Facts:
     outbox: BoxFacts | Unknown
     inbox: BoxFacts | Unknown
     clocks: Mapping[str, Clock | Unknown] = field(default_factory=dict)
+    role: str = "run"
 
     @property
     def made(self) -> Configuration:

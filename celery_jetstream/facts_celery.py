@@ -76,7 +76,9 @@ def workers(app: Celery, timeout: float) -> tuple[WorkerFacts, ...]:
     """
     ends = time.monotonic() + timeout
     if (transport := settings(app)["transport"]).split(":")[0].split(".")[-1] in PRIVATE:
-        raise Unknown(f"workers cannot be asked through the broker {transport}")
+        raise Unknown(
+            f"workers cannot be asked through the broker {transport}: Redis or RabbitMQ can"
+        )
     try:
         with app.connection_for_write() as connection:
             connection.ensure_connection(max_retries=1, timeout=timeout / 2)

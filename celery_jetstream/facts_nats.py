@@ -1,6 +1,6 @@
 """What the doctor finds out about NATS: asked in the loop thread, one question after the other.
 
-Nothing is changed. What the app must be allowed to do is tried in a form that the server refuses
+Nothing is changed. What a user must be allowed to do is tried in a form that the server refuses
 for another reason than the permission: a publish that expects another stream, a pull with a
 heartbeat that is too long, an ack of a message that there will never be.
 """
@@ -13,7 +13,9 @@ import urllib.parse
 import urllib.request
 from collections.abc import AsyncIterator, Iterator, Mapping
 from datetime import datetime, timezone
+from functools import partial
 from ssl import cert_time_to_seconds
+from types import MappingProxyType
 from typing import Any
 
 from nats.aio.msg import Msg
@@ -23,6 +25,7 @@ from .config import Config
 from .consumers import stream_spec
 from .exceptions import CeleryJetStreamError, NotConnectedError, PermissionDeniedError
 from .facts import Clock, Permission, ServerFacts, Unknown
+from .permissions import Role, by_role
 from .session import NoResponders, Session
 from .specs import ConsumerSpec
 
@@ -34,8 +37,12 @@ ANSWER = 2.0
 NEVER, NOWHERE = 2**62, "celery-jetstream-doctor"
 
 
-async def look(connection: Any, config: Config, jetstream: Any, found: dict[str, Any]) -> None:
+async def look(
+    connection: Any, config: Config, jetstream: Any, role: str, found: dict[str, Any]
+) -> None:
     """Puts what it learns into ``found``, under the names that :class:`.Facts` has for it.
+
+    ``role`` is what our user is to be allowed: one of :data:`.ROLES`.
 
     Raises:
         NotConnectedError: there is no connection, or it was lost.
@@ -48,17 +55,19 @@ async def look(connection: Any, config: Config, jetstream: Any, found: dict[str,
         max_payload=session.client.max_payload,
         expiries=dict(_expiries(session)),
     )
-    found["account"] = await _api(session, "INFO")
-    before = time.time()
-    found["stream"] = stream = await _api(session, f"STREAM.INFO.{config.stream_name}")
-    found["NATS"] = _clock(stream, before, time.time(), session.server_version)
     specs = await jetstream.consumers()
+    roles = by_role(config, specs)
+    told = partial(_api, session, roles)
+    found["account"] = await told("INFO")
+    before = time.time()
+    found["stream"] = stream = await told(f"STREAM.INFO.{config.stream_name}")
+    found["NATS"] = _clock(stream, before, time.time(), session.server_version)
     found["consumers"] = {
-        spec.durable: await _api(session, f"CONSUMER.INFO.{spec.stream}.{spec.durable}")
-        for spec in specs
+        spec.durable: await told(f"CONSUMER.INFO.{spec.stream}.{spec.durable}") for spec in specs
     }
-    found["plan"] = await _plan(session, config, specs)
-    found["permissions"] = tuple([one async for one in _permissions(session, config, specs)])
+    found["plan"] = await _plan(session, config, specs, roles)
+    tried = _permissions(session, roles[role])
+    found["permissions"] = tuple([one async for one in tried])
 
 
 def _expiries(session: Session) -> Iterator[tuple[str, float]]:
@@ -71,9 +80,12 @@ def _expiries(session: Session) -> Iterator[tuple[str, float]]:
         yield "the server's certificate", cert_time_to_seconds(certificate["notAfter"]) - now
 
 
-async def _api(session: Session, operation: str) -> dict[str, Any] | Unknown:
+async def _api(
+    session: Session, roles: Mapping[str, Role], operation: str
+) -> dict[str, Any] | Unknown:
+    subject = f"$JS.API.{operation}"
     try:
-        answer: dict[str, Any] = json.loads((await _ask(session, f"$JS.API.{operation}")).data)
+        answer: dict[str, Any] = json.loads((await _ask(session, subject, roles=roles)).data)
     except (Unknown, NoResponders) as error:
         return _unknown(error)
     if refusal := answer.get("error"):
@@ -87,11 +99,13 @@ def _unknown(error: Unknown | NoResponders) -> Unknown:
     return Unknown("nobody answers: JetStream is not enabled on this server, or for this account")
 
 
-async def _plan(session: Session, config: Config, specs: tuple[ConsumerSpec, ...]) -> Any:
+async def _plan(
+    session: Session, config: Config, specs: tuple[ConsumerSpec, ...], roles: Mapping[str, Role]
+) -> Any:
     async def api(operation: str, request: Mapping[str, Any]) -> dict[str, Any]:
         body = json.dumps(request).encode() if request else b""
         try:
-            answer = await _ask(session, f"$JS.API.{operation}", body)
+            answer = await _ask(session, f"$JS.API.{operation}", body, roles=roles)
         except NoResponders:
             return {"error": {"code": 503}}
         result: dict[str, Any] = json.loads(answer.data)
@@ -111,9 +125,16 @@ async def _plan(session: Session, config: Config, specs: tuple[ConsumerSpec, ...
 
 
 async def _ask(
-    session: Session, subject: str, body: bytes = b"", headers: dict[str, str] | None = None
+    session: Session,
+    subject: str,
+    body: bytes = b"",
+    headers: dict[str, str] | None = None,
+    *,
+    roles: Mapping[str, Role] = MappingProxyType({}),
 ) -> Msg:
     """As ``Session.ask``; one question that has no answer is no reason to end.
+
+    Of these roles it names one that may, where ours may not.
 
     Raises:
         Unknown: our user may not, or there was no answer.
@@ -125,69 +146,59 @@ async def _ask(
     except NoResponders:
         raise
     except PermissionDeniedError as error:
-        raise Unknown(f"the NATS user may not {error.operation} {error.subject}") from None
+        may = next((name for name, role in roles.items() if error.subject in role.publish), None)
+        then = f": to see it, run the doctor as the {may} (--role {may})" if may else ""
+        raise Unknown(f"the NATS user may not {error.operation} {error.subject}{then}") from None
     except NotConnectedError as error:
         if session.lost.is_set():
             raise
         raise Unknown(str(error)) from None
 
 
-async def _permissions(
-    session: Session, config: Config, specs: tuple[ConsumerSpec, ...]
-) -> AsyncIterator[Permission]:
-    for what, subject, body, headers in _operations(config, specs):
+async def _permissions(session: Session, role: Role) -> AsyncIterator[Permission]:
+    for subject in role.publish:
+        if subject.startswith("$JS.FC."):  # of what was pushed, and of nothing else
+            continue
         refused = None
         try:
-            await _ask(session, subject, body, headers)
+            await _ask(session, *_harmless(subject))
         except Unknown as unknown:
             refused = str(unknown)
         except NoResponders:  # no stream, or no consumer: said elsewhere
             pass
-        yield Permission(what=what, error=refused)
-    for what, subject in _subscriptions(config, specs):
+        yield Permission(what=role.why(subject), error=refused)
+    for subject in role.subscribe:
+        if " " in subject or not subject.startswith("$JS."):  # it would get some; we hear answers
+            continue
         denied: list[PermissionDeniedError] = []
         session.on_denial(subject, denied.append)
         subscription = await session.subscribe(subject, lambda _: None)
         await session.round_trip(ANSWER)
         await session.unsubscribe(subscription)
         refused = f"the NATS user may not subscribe to {subject}" if denied else None
-        yield Permission(what=what, error=refused)
+        yield Permission(what=role.why(subject), error=refused)
 
 
-def _operations(
-    config: Config, specs: tuple[ConsumerSpec, ...]
-) -> Iterator[tuple[str, str, bytes, dict[str, str] | None]]:
-    elsewhere = {"Nats-Expected-Stream": NOWHERE}
-    stream = config.stream_name
-    yield "publish events", config.publish_subject, b"", elsewhere
-    if config.use_dlq:
-        yield "keep dead letters", config.dead_letter_subject, b"", elsewhere
-    one = json.dumps({"seq": NEVER}).encode()
-    yield "read a message for its dead letter", f"$JS.API.STREAM.MSG.GET.{stream}", one, None
-    for spec in specs:
-        ack = f"$JS.ACK.{stream}.{spec.durable}.1.{NEVER}.{NEVER}.0.0"
-        yield "settle messages", ack, b"+WPI", None
-        if not config.pushes:
-            pull = json.dumps({"batch": 1, "expires": 10**9, "idle_heartbeat": 9 * 10**8}).encode()
-            yield "take messages", f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{spec.durable}", pull, None
-    if config.auto_provision:
-        other = json.dumps({"name": NOWHERE}).encode()
-        yield "make the stream", f"$JS.API.STREAM.CREATE.{stream}", other, None
-        yield "change the stream", f"$JS.API.STREAM.UPDATE.{stream}", other, None
-        for spec in specs:
-            subject = f"$JS.API.CONSUMER.CREATE.{stream}.{spec.durable}"
-            if len(spec.filter_subjects) == 1:
-                subject += f".{spec.filter_subjects[0]}"
-            body = json.dumps(
-                {"stream_name": NOWHERE, "config": {"durable_name": spec.durable}}
-            ).encode()
-            yield "make the consumer", subject, body, None
+#: What is asked there, so that it is refused for another reason; of any other there is no change.
+_REFUSED: Mapping[str, Mapping[str, Any]] = {
+    "STREAM.MSG.GET": {"seq": NEVER},
+    "STREAM.MSG.DELETE": {"seq": NEVER},
+    "STREAM.CREATE": {"name": NOWHERE},
+    "STREAM.UPDATE": {"name": NOWHERE},
+    "CONSUMER.CREATE": {"stream_name": NOWHERE, "config": {}},
+    "CONSUMER.MSG.NEXT": {"batch": 1, "expires": 10**9, "idle_heartbeat": 9 * 10**8},
+}
 
 
-def _subscriptions(config: Config, specs: tuple[ConsumerSpec, ...]) -> Iterator[tuple[str, str]]:
-    """What a bridge hears. Where messages are pushed that cannot be tried: it would get some."""
-    for spec in specs:
-        yield "hear claims (a bridge)", f"$JS.ACK.{config.stream_name}.{spec.durable}.>"
+def _harmless(subject: str) -> tuple[str, bytes, dict[str, str] | None]:
+    """A request there that changes nothing: subject, body and headers."""
+    if subject.startswith("$JS.ACK."):
+        return subject.replace(">", f"1.{NEVER}.{NEVER}.0.0"), b"+WPI", None
+    if not subject.startswith("$JS.API."):
+        return subject, b"", {"Nats-Expected-Stream": NOWHERE}
+    operation = subject.removeprefix("$JS.API.")
+    request = next((body for verb, body in _REFUSED.items() if operation.startswith(verb)), None)
+    return subject, json.dumps(request).encode() if request else b"", None
 
 
 # -- clock and disk --------------------------------------------------------------------------------

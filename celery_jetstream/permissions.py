@@ -16,8 +16,23 @@ from typing import Any
 from .config import Config
 from .specs import ConsumerSpec
 
-__all__ = ("Need", "Role", "admin", "as_conf", "as_nsc", "operator", "run_time", "to_allow")
+__all__ = (
+    *(
+        "ROLES",
+        "Need",
+        "Role",
+        "admin",
+        "as_conf",
+        "as_nsc",
+        "by_role",
+        "operator",
+        "run_time",
+        "to_allow",
+    ),
+)
 
+#: The words of ``--role``.
+ROLES = ("run", "admin", "operator")
 _INBOX = "_INBOX"  # nats-py's default
 #: What the server makes a subject of that is another one for each message.
 _PER_MESSAGE = re.compile(r"(\$JS\.(?:ACK|FC)\.[^.]+\.[^.]+)\..+")
@@ -63,6 +78,10 @@ class Role:
     def subscribe(self) -> tuple[str, ...]:
         """All that it subscribes to, each once."""
         return _each_once(need.subscribe for need in self.needs)
+
+    def why(self, subject: str) -> str:
+        """What does not go without it."""
+        return next(n.why for n in self.needs if subject in (*n.publish, *n.subscribe))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -145,7 +164,7 @@ def operator(config: Config, consumers: Sequence[ConsumerSpec]) -> Role:
     )
     needs = (
         _answers(config),
-        Need("status", "jetstream status; with what the app itself may, jetstream doctor", looking),
+        Need("status", "jetstream status, and jetstream doctor --role operator", looking),
         Need(
             "reading",
             "jetstream dlq: list, show, export, count",
@@ -163,6 +182,15 @@ def operator(config: Config, consumers: Sequence[ConsumerSpec]) -> Role:
         ),
     )
     return Role(f"{config.app_name}-operator", "whoever looks after the app", needs)
+
+
+def by_role(config: Config, consumers: Sequence[ConsumerSpec]) -> dict[str, Role]:
+    """An app's three users by the word that ``--role`` has for each; who may least comes first."""
+    return {
+        "run": run_time(config, consumers),
+        "operator": operator(config, consumers),
+        "admin": admin([config], consumers),
+    }
 
 
 def to_allow(subject: str, inbox: str = "") -> str:

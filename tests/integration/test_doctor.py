@@ -174,7 +174,7 @@ def test_it_finds_what_is_ill_and_changes_none_of_it(
     assert found["permissions"].count("\n") == 3, "what is allowed is not said"
     for denied in (
         "may not publish to $JS.ACK.",
-        f"may not publish to $JS.API.STREAM.UPDATE.{names.stream_name}: change the stream",
+        f"may not publish to $JS.API.STREAM.UPDATE.{names.stream_name}: making the stream",
         "may not subscribe to $JS.ACK.",
     ):
         assert denied in found["permissions"]

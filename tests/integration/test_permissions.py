@@ -32,7 +32,7 @@ from celery_jetstream.exceptions import (
     PermissionDeniedError,
 )
 from celery_jetstream.outcomes import Verdict
-from celery_jetstream.permissions import Role, as_conf
+from celery_jetstream.permissions import ROLES, Role, as_conf
 from celery_jetstream.provisioning import roles
 from celery_jetstream.schema import create_outbox
 from celery_jetstream.settlement import DeadLetter
@@ -91,6 +91,41 @@ def without(role: Role, subject: str, name: str) -> Role:
         for need in role.needs
     )
     return Role(name, role.what, needs)
+
+
+# ── the doctor, as each of them ──────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("mode", ["pull", "push"])
+def test_the_doctor_asks_of_each_user_what_it_is_to_be_allowed(names: Names, mode: str) -> None:
+    """And where another user would see more, it says which; what it tries changes nothing."""
+    need("nats")
+    users = dict(zip(ROLES, roles(config_of(names, consumer_mode=mode)), strict=True))
+    with Guarded(*users.values()) as server:
+        errand = Errand(server.url, names, auto_provision=False, consumer_mode=mode)
+        try:
+            by = {word: server.url_of(user.name) for word, user in users.items()}
+            errand.desk.provision(nats_urls=by["admin"])
+            root = errand.make(nats_urls=server.url_of("root"))
+            state = root.connection.run(root._api, f"STREAM.INFO.{names.stream_name}", {})["state"]
+            found = {
+                (user, role): errand.make(nats_urls=by[user]).doctor(role=role)
+                for user, role in [*zip(ROLES, ROLES, strict=True), ("operator", "run")]
+            }
+            after = root.connection.run(root._api, f"STREAM.INFO.{names.stream_name}", {})["state"]
+        finally:
+            errand.close()
+    assert after == state
+    for role in ROLES:
+        denied = [one for one in found[role, role].findings if one.code == "permissions"]
+        assert [one.severity for one in denied] == ["ok"], denied
+    skipped = {one.code: one.found for one in found["run", "run"].of("skipped")}
+    assert "run the doctor as the operator (--role operator)" in skipped["stream-max-age"]
+    seen = {one.code: one.severity for one in found["operator", "operator"].findings}
+    assert seen["stream-storage"] == seen["ack-wait"] == "ok"
+    wrong = [one for one in found["operator", "run"].errors if one.code == "permissions"]
+    assert any(names.destination_app in one.found for one in wrong), "publishing"
+    assert all("provision --print-permissions --role run" in str(one.remedy) for one in wrong)
 
 
 # ── all of it goes ───────────────────────────────────────────────────────────
