@@ -13,6 +13,7 @@ import click
 from celery.bin.base import CeleryCommand, handle_preload_options
 
 from .commands import (
+    AS_OPERATOR,
     DRY_RUN,
     JSON,
     Stopping,
@@ -286,8 +287,7 @@ def purge(ctx: click.Context, yes: bool, limit: int | None, **options: Any) -> N
         echo_json({"dry_run": dry_run, **result.as_dict()})
     else:
         click.echo(f"{result.purged} dead letters{' would be' if dry_run else ''} deleted")
-        if result.error:
-            click.echo(f"ended early ({result.error}); give the command again to go on")
+        _echo_ended(result)
     sys.exit(1 if result.error else 0)
 
 
@@ -363,7 +363,13 @@ def _echo_redriven(result: Any, dry_run: bool) -> None:
         click.echo(f"{result.skipped} dead letters skipped, and kept:")
     for problem in result.problems:
         click.echo(f"  {plain(problem)}")
-    if result.error:
+    _echo_ended(result)
+
+
+def _echo_ended(result: Any) -> None:
+    if result.denied:
+        click.echo(f"ended early: {result.error}{AS_OPERATOR}")
+    elif result.error:
         click.echo(f"ended early ({result.error}); give the command again to go on")
 
 

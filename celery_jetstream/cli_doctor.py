@@ -9,7 +9,7 @@ from typing import Any
 import click
 from celery.bin.base import CeleryCommand, handle_preload_options
 
-from .commands import JSON, echo_json, jetstream_of
+from .commands import JSON, denials_said_once, echo_json, jetstream_of
 from .permissions import ROLES
 
 __all__ = ("doctor",)
@@ -64,7 +64,8 @@ def doctor(
     jetstream = jetstream_of(app)
     app.loader.import_default_modules()
     try:
-        report = jetstream.doctor(timeout=timeout, monitor=monitor, role=role)
+        with denials_said_once():
+            report = jetstream.doctor(timeout=timeout, monitor=monitor, role=role)
     finally:
         jetstream.close(timeout=1.0)
     if as_json:

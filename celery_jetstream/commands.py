@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ from . import readers
 
 __all__ = (
     "ALL",
+    "AS_OPERATOR",
     "DRY_RUN",
     "JSON",
     "Stopping",
@@ -27,6 +29,7 @@ __all__ = (
     "cut",
     "daemon",
     "dead_letters_of",
+    "denials_said_once",
     "duration",
     "echo_json",
     "filter_of",
@@ -141,6 +144,8 @@ class Stopping:
 
 JSON = click.option("--json", "as_json", is_flag=True, help="For machines.")
 DRY_RUN = click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+#: Behind a denial, in place of "give the command again".
+AS_OPERATOR = ", or give the command as a user who may: the operator (--role operator there)"
 ALL = click.option("--all", "everything", is_flag=True, help="Every event; else give a filter.")
 
 
@@ -161,18 +166,32 @@ def dead_letters_of(ctx: click.Context, as_json: bool = False) -> AbstractContex
 
 @contextlib.contextmanager
 def _of(ctx: click.Context, name: str, as_json: bool) -> Iterator[Any]:
-    from .exceptions import CeleryJetStreamError
+    from .exceptions import CeleryJetStreamError, PermissionDeniedError
 
     jetstream = jetstream_of(ctx.obj.app)
     try:
-        yield getattr(jetstream, name)
+        with denials_said_once():
+            yield getattr(jetstream, name)
     except CeleryJetStreamError as error:
         if as_json:
             click.echo(json.dumps({"error": str(error)}))
             sys.exit(1)
-        raise click.ClickException(str(error)) from error
+        denied = name == "dead_letters" and isinstance(error, PermissionDeniedError)
+        then = AS_OPERATOR if denied else ""
+        raise click.ClickException(f"{error}{then}") from error
     finally:
         jetstream.close()
+
+
+@contextlib.contextmanager
+def denials_said_once() -> Iterator[None]:
+    """By the command; where no log is set up, ``logging`` would write them to stderr as well."""
+    log, handler = logging.getLogger("celery_jetstream.session"), logging.NullHandler()
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,13 @@ from .deadletter_admin import DeadLetterAdmin
 from .deadletter_filter import DeadLetterFilter
 from .deadletter_store import PAGE, Progress
 from .events import Event
-from .exceptions import DatabaseUnavailableError, DecodeError, EventError, NotConnectedError
+from .exceptions import (
+    DatabaseUnavailableError,
+    DecodeError,
+    EventError,
+    NotConnectedError,
+    PermissionDeniedError,
+)
 from .letters import StoredDeadLetter
 from .publisher import Publisher
 from .redrive import Redrive, RedriveResult, who
@@ -132,7 +138,7 @@ class DeadLetters(DeadLetterAdmin):
                         _keep_pace(due, stop)
                 run.reached(reached)
         except (NotConnectedError, DatabaseUnavailableError) as error:
-            return run.ended(str(error))
+            return run.ended(str(error), denied=isinstance(error, PermissionDeniedError))
         return run.result
 
     def edited(
@@ -188,7 +194,7 @@ class DeadLetters(DeadLetterAdmin):
         try:
             run.send([letter], edited=True)
         except (NotConnectedError, DatabaseUnavailableError) as error:
-            return run.ended(str(error))
+            return run.ended(str(error), denied=isinstance(error, PermissionDeniedError))
         return run.result
 
     def _run(

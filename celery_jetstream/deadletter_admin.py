@@ -14,7 +14,7 @@ from .config import Config
 from .connection import Connection
 from .deadletter_filter import EVERY_LETTER, DeadLetterCounts, DeadLetterFilter, counted
 from .deadletter_store import PAGE, DeadLetterStore, Letters, Progress
-from .exceptions import NotConnectedError
+from .exceptions import NotConnectedError, PermissionDeniedError
 from .letters import StoredDeadLetter
 
 __all__ = ("DeadLetterAdmin", "PurgeResult")
@@ -30,11 +30,13 @@ class PurgeResult:
         purged: dead letters that it deleted (``dry_run``: would delete).
         last_sequence: all that was asked for up to this number is done.
         error: why it ended before the end; None where it came there.
+        denied: since our NATS user may not; to repeat it does not help then.
     """
 
     purged: int = 0
     last_sequence: int = 0
     error: str | None = None
+    denied: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -171,7 +173,7 @@ class DeadLetterAdmin:
         """
         chosen = DeadLetterFilter.of(chosen)
         purged = last = 0
-        error = None
+        error, denied = None, False
         try:
             tell = self.telling(progress, chosen, limit=limit, stop=stop)
             for page, reached in self.store.pages(chosen):
@@ -186,7 +188,7 @@ class DeadLetterAdmin:
                 if purged == limit:
                     break
         except NotConnectedError as problem:
-            error = str(problem)
+            error, denied = str(problem), isinstance(problem, PermissionDeniedError)
         if purged and not dry_run:
             logger.info("%d dead letters of %s purged", purged, self.app_name)
-        return PurgeResult(purged, last, error)
+        return PurgeResult(purged, last, error, denied)

@@ -22,7 +22,7 @@ from typing import Any
 from . import subjects
 from .deadletter import REDRIVES
 from .deadletter_admin import DeadLetterAdmin
-from .exceptions import EventError, NotConnectedError, SubjectError
+from .exceptions import EventError, NotConnectedError, PermissionDeniedError, SubjectError
 from .headers import CONTROL
 from .letters import StoredDeadLetter
 from .outcomes import Message, PublishResult, Verdict
@@ -49,6 +49,7 @@ class RedriveResult:
         problems: why; of the first 20.
         last_sequence: all that was asked for up to this number is done.
         error: why it ended before the end; None where it came there.
+        denied: since our NATS user may not; to repeat it does not help then.
     """
 
     redriven: int = 0
@@ -57,6 +58,7 @@ class RedriveResult:
     problems: tuple[str, ...] = ()
     last_sequence: int = 0
     error: str | None = None
+    denied: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -119,9 +121,9 @@ class Redrive:
             left = None if limit is None else limit - self.done
             yield page[first : first + size][:left]
 
-    def ended(self, error: str) -> RedriveResult:
+    def ended(self, error: str, *, denied: bool = False) -> RedriveResult:
         """The result of one that ended early."""
-        self.result = replace(self.result, error=error)
+        self.result = replace(self.result, error=error, denied=denied)
         return self.result
 
     def reached(self, sequence: int) -> None:
@@ -193,7 +195,8 @@ class Redrive:
         try:
             self._letters.store.remove([letter.sequence for letter, _, _ in stored])
         except NotConnectedError as error:
-            self.ended(f"{len(stored)} events are sent, and perhaps not deleted here: {error}")
+            told = f"{len(stored)} events are sent, and perhaps not deleted here: {error}"
+            self.ended(told, denied=isinstance(error, PermissionDeniedError))
             return
         self._count(stored)
 
@@ -201,7 +204,8 @@ class Redrive:
         if result.verdict is Verdict.NO_STREAM:
             self._without_stream.add(result.subject)
         elif result.transient or result.verdict is Verdict.DENIED:
-            self.ended(result.error or "it was not sent")
+            denied = result.verdict is Verdict.DENIED
+            self.ended(result.error or "it was not sent", denied=denied)
             return
         self._skip(letter, result.error or "it was refused")
 

@@ -111,7 +111,13 @@ def test_purge_asks_and_needs_a_filter(desk: Desk) -> None:
     yes = desk.run("purge", "--type", "order.*", answer="y\n")
     assert yes.stdout.endswith("2 dead letters deleted\n")
     found = desk.json("purge", "--all", "--yes")
-    assert found == {"dry_run": False, "purged": 2, "last_sequence": 8, "error": None}
+    assert found == {
+        "dry_run": False,
+        "purged": 2,
+        "last_sequence": 8,
+        "error": None,
+        "denied": False,
+    }
 
 
 def test_redrive(desk: Desk) -> None:

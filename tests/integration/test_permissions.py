@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 import signal
@@ -10,9 +11,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from celery_jetstream import JetStream
 from celery_jetstream import bridge as bridge_module
@@ -21,6 +24,7 @@ from celery_jetstream import pull as pull_module
 from celery_jetstream import push as push_module
 from celery_jetstream.bridge import Bridge
 from celery_jetstream.capabilities import Feature
+from celery_jetstream.cli import jetstream as command
 from celery_jetstream.config import Config
 from celery_jetstream.connection import Connection
 from celery_jetstream.deadletter import Original
@@ -37,6 +41,7 @@ from celery_jetstream.provisioning import roles
 from celery_jetstream.schema import create_outbox
 from celery_jetstream.settlement import DeadLetter
 from celery_jetstream.sweeper import Sweeper
+from tests.burials import Desk
 from tests.conftest import Names
 from tests.connections import session_of
 from tests.databases import Database
@@ -126,6 +131,48 @@ def test_the_doctor_asks_of_each_user_what_it_is_to_be_allowed(names: Names, mod
     wrong = [one for one in found["operator", "run"].errors if one.code == "permissions"]
     assert any(names.destination_app in one.found for one in wrong), "publishing"
     assert all("provision --print-permissions --role run" in str(one.remedy) for one in wrong)
+
+
+def test_a_denied_command_says_once_who_may_and_not_to_repeat_it(
+    names: Names, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need("nats")
+    run, _, operator = roles(config_of(names))
+    there, delete = f"{names.destination_app}.sync.{names.app_name}", "$JS.API.STREAM.MSG.DELETE"
+    mute = without(operator, there, "mute")
+    keeper = without(operator, f"{delete}.{names.stream_name}", "keeper")
+    with Guarded(run, operator, mute, keeper) as server:
+        desk = Desk(server.url_of("root"), names)
+        errand = Errand(server.url, names, auto_provision=False)
+
+        def said(user: str, *arguments: str) -> str:
+            app = errand.make(nats_urls=server.url_of(user)).app
+            with monkeypatch.context() as patched:  # as a command has it: no log is set up
+                patched.setattr(logging.getLogger(), "handlers", [])
+                result = CliRunner().invoke(command, ["dlq", *arguments], obj=obj_of(app))
+            assert result.exit_code == 1
+            return result.output
+
+        try:
+            desk.bury(count=2)
+            for output, subject in (
+                (said("mute", "redrive", "--all"), there),
+                (said("keeper", "redrive", "--all"), delete),
+                (said("keeper", "purge", "--all", "--yes"), delete),
+                (said(run.name, "list"), "$JS.API.STREAM.INFO"),
+            ):
+                assert output.count("the NATS user may not") == output.count(subject) == 1
+                assert "user who may: the operator (--role operator" in output
+                assert "again to go on" not in output
+            assert json.loads(said("mute", "redrive", "--all", "--json"))["denied"] is True
+            assert desk.count() == 2
+        finally:
+            errand.close()
+            desk.close()
+
+
+def obj_of(app: Any) -> Any:
+    return SimpleNamespace(app=app, no_color=True)
 
 
 # ── all of it goes ───────────────────────────────────────────────────────────
