@@ -173,6 +173,7 @@ def count(ctx: click.Context, as_json: bool, **options: Any) -> None:
 @dlq.command(cls=CeleryCommand)
 @click.option("--output", help="A file that is not there yet, for you alone; default: stdout.")
 @click.option("--after", type=int, default=0, help="Go on after the one with this number.")
+@click.option("--all", "everything", is_flag=True, help="Every dead letter, as without a filter.")
 @_filtered
 @click.pass_context
 @handle_preload_options
@@ -182,6 +183,8 @@ def export(ctx: click.Context, output: str | None, after: int, **options: Any) -
     Exit status: 0 when all are written; 1 when NATS went away, or the file is there already.
     """
     chosen = _chosen(options)
+    if options["everything"] and not chosen.is_empty:
+        raise click.UsageError("give a filter, or --all for every dead letter", ctx)
     with dead_letters_of(ctx) as letters:
         whose = _whose(letters, options["app_name"])
         if output is None:

@@ -91,6 +91,8 @@ def test_export(desk: Desk, tmp_path: Path) -> None:
     event_ids = desk.bury(count=2)
     lines = desk.run("export").stdout.splitlines()
     assert [json.loads(line)["event_id"] for line in lines] == event_ids
+    assert len(desk.run("export", "--all").stdout.splitlines()) == 2
+    assert "or --all" in desk.run("export", "--all", "--reason", "odd", status=2).output
     file = tmp_path / "letters.jsonl"
     assert desk.run("export", "--output", str(file)).stdout.startswith("2 dead letters written")
     assert file.read_text().splitlines()[0].startswith('{"schema": 1, "sequence": ')
