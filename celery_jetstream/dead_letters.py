@@ -118,7 +118,7 @@ class DeadLetters(DeadLetterAdmin):
         size = PAGE if rate is None else max(1, min(PAGE, int(rate / 10)))
         size = size if limit is None else min(size, limit)
         try:
-            tell = self.telling(progress, chosen, limit=limit, stop=stop)
+            tell = self._telling(progress, chosen, limit=limit, stop=stop)
             due = time.monotonic()
             for page, reached in self.store.pages(chosen, size=size):
                 read = time.monotonic()

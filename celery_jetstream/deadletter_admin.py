@@ -120,7 +120,7 @@ class DeadLetterAdmin:
         Returns:
             How many.
         """
-        done, tell = 0, self.telling(progress, chosen, after=after)
+        done, tell = 0, self._telling(progress, chosen, after=after)
         for page, _ in self.store.pages(chosen, after):
             for letter in page:
                 target.write(json.dumps(letter.as_record(), ensure_ascii=False) + "\n")
@@ -128,7 +128,7 @@ class DeadLetterAdmin:
             tell(done)
         return done
 
-    def telling(
+    def _telling(
         self,
         progress: Progress | None,
         chosen: DeadLetterFilter,
@@ -175,7 +175,7 @@ class DeadLetterAdmin:
         purged = last = 0
         error, denied = None, False
         try:
-            tell = self.telling(progress, chosen, limit=limit, stop=stop)
+            tell = self._telling(progress, chosen, limit=limit, stop=stop)
             for page, reached in self.store.pages(chosen):
                 if stop():
                     error = "stopped"
