@@ -63,7 +63,16 @@ _FILE = click.Path(exists=True, dir_okay=False)
     help="Print the least that each NATS user needs, as users of nats-server.conf; no server.",
 )
 @click.option(
-    "--role", "roles", type=click.Choice(ROLES), multiple=True, help="Of these users only."
+    "--role",
+    "roles",
+    type=click.Choice(ROLES),
+    multiple=True,
+    help="Of this user only; repeat it for two.",
+)
+@click.option(
+    "--with-status",
+    is_flag=True,
+    help="The run user may also ask for the status, as /status of a bridge does.",
 )
 @click.option("--nsc", is_flag=True, help="With --print-permissions: as commands of nsc.")
 @JSON
@@ -76,6 +85,7 @@ def provision(
     pair: bool,
     print_permissions: bool,
     roles: tuple[str, ...],
+    with_status: bool,
     nsc: bool,
     as_json: bool,
     **admin: Any,
@@ -90,12 +100,13 @@ def provision(
     """
     from .exceptions import CeleryJetStreamError, PermissionDeniedError
 
-    if (roles or nsc) and not print_permissions:
-        raise click.UsageError("--role and --nsc go with --print-permissions")
+    if (roles or nsc or with_status) and not print_permissions:
+        raise click.UsageError("--role, --with-status and --nsc go with --print-permissions")
     jetstream = jetstream_of(ctx.obj.app)
     try:
         if print_permissions:
-            _print_permissions(jetstream, pair, roles, nsc, as_json, admin["inbox_prefix"])
+            asked = {"pair": pair, "status": with_status, "inbox": admin["inbox_prefix"]}
+            _print_permissions(jetstream, roles, nsc, as_json, asked)
             return
         dry_run = dry_run or check
         plan = jetstream.provision(dry_run=dry_run, pair=pair, **_connection(jetstream, admin))
@@ -182,18 +193,13 @@ def _tls(admin: Mapping[str, Any]) -> Iterator[tuple[str, ssl.SSLContext]]:
 
 
 def _print_permissions(
-    jetstream: Any,
-    pair: bool,
-    wanted: tuple[str, ...],
-    nsc: bool,
-    as_json: bool,
-    inbox: str | None,
+    jetstream: Any, wanted: tuple[str, ...], nsc: bool, as_json: bool, asked: dict[str, Any]
 ) -> None:
     from .permissions import as_conf, as_nsc
     from .provisioning import roles
 
     config = jetstream.config
-    found = dict(zip(ROLES, roles(config, pair=pair, inbox=inbox), strict=True))
+    found = dict(zip(ROLES, roles(config, **asked), strict=True))
     chosen = {name: found[name] for name in wanted or ROLES}
     if as_json:
         echo_json(

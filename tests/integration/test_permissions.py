@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from celery_jetstream import JetStream
+from celery_jetstream import JetStream, meters, metrics
 from celery_jetstream import bridge as bridge_module
 from celery_jetstream import connection as connection_module
 from celery_jetstream import pull as pull_module
@@ -105,10 +105,14 @@ def test_what_is_printed_is_enough(
     settings: dict[str, Any] = {
         "consumer_mode": mode,
         "sources": [names.destination_app, f"third-{names.app_name}"],
+        "metrics": True,
     }
     config = config_of(names, **settings)
     run, admin, operator = roles(config)
-    with Guarded(run, admin, operator, hub_role(names), binary=binary) as server:
+    asking = dataclasses.replace(roles(config, status=True)[0], name="asking")
+    half = without(run, f"$JS.API.STREAM.INFO.{names.stream_name}", "half")
+    users = (run, admin, operator, hub_role(names), asking, half)
+    with Guarded(*users, binary=binary) as server:
         errand = Errand(
             server.url_of(run.name),
             names,
@@ -131,12 +135,26 @@ def test_what_is_printed_is_enough(
             report = errand.make(nats_urls=server.url_of(operator.name)).health_check()
             assert report["problems"] == []
             assert report["unknown"] == []
+            assert errand.make(nats_urls=server.url_of("asking")).health_check()["unknown"] == []
+            lag, letters = "consumer_pending_messages{", "dead_letters_stored "
+            text = looked_up(desk)
+            assert (lag in text, letters in text, 'up{collector="nats"} 1' in text) == (True,) * 3
             assert "iolation" not in server.log.read_text()
+            text = looked_up(errand.make(nats_urls=server.url_of("half")))
+            assert (lag in text, letters in text, 'up{collector="nats"} 0' in text) == (
+                *(True, False, True),
+            )
             began = time.monotonic()
             assert "$JS.API.INFO" in str(desk.health_check()["unknown"])
             assert promptly(began)
         finally:
             errand.close()
+            meters.stop()
+
+
+def looked_up(jetstream: JetStream) -> str:
+    """What an endpoint of metrics answers."""
+    return metrics.exposition(jetstream)[1].decode()
 
 
 @pytest.fixture

@@ -249,6 +249,9 @@ def test_permissions_are_printed_without_a_server(
         for end in ("", "-admin", "-operator")
         for name in [f"{names.app_name}{end}".upper().replace("-", "_")]
     ]
+    assert "# status: " not in run(desk, "--print-permissions", "--role", "run").output
+    asking = run(desk, "--print-permissions", "--role", "run", "--with-status").output
+    assert "# status: " in asking
     found = json.loads(run(desk, "--print-permissions", "--json", "--role", "run").output)
     assert found["users"].keys() == {"run"}
     assert found["consumer_mode"] == "pull"
