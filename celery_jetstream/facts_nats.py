@@ -23,6 +23,7 @@ from .config import Config
 from .consumers import stream_spec
 from .exceptions import CeleryJetStreamError, NotConnectedError, PermissionDeniedError
 from .facts import Clock, Permission, ServerFacts, Unknown
+from .preflight import ELSEWHERE
 from .session import NoResponders, Session
 from .specs import ConsumerSpec
 
@@ -31,7 +32,7 @@ __all__ = ("look", "syncs")
 #: Seconds for one answer; a denial is known earlier.
 ANSWER = 2.0
 #: A sequence that no stream reaches, and a stream that nobody has.
-NEVER, NOWHERE = 2**62, "celery-jetstream-doctor"
+NEVER, NOWHERE = 2**62, ELSEWHERE["Nats-Expected-Stream"]
 
 
 async def look(connection: Any, config: Config, jetstream: Any, found: dict[str, Any]) -> None:
@@ -157,11 +158,10 @@ async def _permissions(
 def _operations(
     config: Config, specs: tuple[ConsumerSpec, ...]
 ) -> Iterator[tuple[str, str, bytes, dict[str, str] | None]]:
-    elsewhere = {"Nats-Expected-Stream": NOWHERE}
     stream = config.stream_name
-    yield "publish events", config.publish_subject, b"", elsewhere
+    yield "publish events", config.publish_subject, b"", ELSEWHERE
     if config.use_dlq:
-        yield "keep dead letters", config.dead_letter_subject, b"", elsewhere
+        yield "keep dead letters", config.dead_letter_subject, b"", ELSEWHERE
     one = json.dumps({"seq": NEVER}).encode()
     yield "read a message for its dead letter", f"$JS.API.STREAM.MSG.GET.{stream}", one, None
     for spec in specs:
