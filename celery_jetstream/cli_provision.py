@@ -98,7 +98,7 @@ def provision(
     Exit status: 0 when all is as it must be, or has been made so; 1 when that cannot be; with
     --check 3 when something is to be done.
     """
-    from .exceptions import CeleryJetStreamError, PermissionDeniedError
+    from .exceptions import CeleryJetStreamError, ConnectionRefusedByServer, PermissionDeniedError
 
     if (roles or nsc or with_status) and not print_permissions:
         raise click.UsageError("--role, --with-status and --nsc go with --print-permissions")
@@ -114,6 +114,8 @@ def provision(
         text = str(error)
         if isinstance(error, PermissionDeniedError) and not any(admin.values()):
             text += f". {ADVICE}"
+        elif isinstance(error, ConnectionRefusedByServer):
+            text = _check_the_admins(text, admin)
         if as_json:
             echo_json({"error": text})
             sys.exit(1)
@@ -160,6 +162,19 @@ def _connection(jetstream: Any, admin: Mapping[str, Any]) -> dict[str, Any]:
         options["inbox_prefix"] = admin["inbox_prefix"]
     urls = url or (_without_users(config.nats_urls) if own else None)
     return {"nats_urls": urls, "nats_options": options}
+
+
+def _check_the_admins(refusal: str, admin: Mapping[str, Any]) -> str:
+    """A refusal tells to check the app's settings, which were not used here."""
+    words = {
+        "user": "--user and $JETSTREAM_ADMIN_PASSWORD",
+        "creds": "the file of --creds",
+        "nkey": "the file of --nkey",
+        "nats_url": "what --nats-url has",
+    }
+    given = " and ".join(text for name, text in words.items() if admin[name])
+    what, check, _ = refusal.partition("; check ")
+    return f"{what}{check}{given}" if check and given else refusal
 
 
 def _password(user: str) -> str:

@@ -225,6 +225,7 @@ def test_an_admin_has_credentials_of_its_own(
     said += [run(desk, JETSTREAM_ADMIN_NATS_URL=url), run(desk, "--check", "--nats-url", url)]
     said += [run(desk, "--user", "admin", status=1, JETSTREAM_ADMIN_PASSWORD=f"{SECRET}-not")]
     assert "refused the credentials" in said[-1].output
+    assert "; check --user and $JETSTREAM_ADMIN_PASSWORD\n" in said[-1].output
     said += [run(desk, "--user", "admin", status=2)]
     assert "JETSTREAM_ADMIN_PASSWORD" in said[-1].output
     (tmp_path / "file").write_text("x")
