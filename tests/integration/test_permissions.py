@@ -21,6 +21,7 @@ from celery_jetstream import connection as connection_module
 from celery_jetstream import health as health_module
 from celery_jetstream import pull as pull_module
 from celery_jetstream import push as push_module
+from celery_jetstream import session as session_module
 from celery_jetstream.bridge import Bridge
 from celery_jetstream.capabilities import Feature
 from celery_jetstream.config import Config
@@ -111,9 +112,12 @@ def test_what_is_printed_is_enough(
     sqlite: Database,
     mode: str,
     binary: str | None,
+    caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     need("old-nats" if binary else "nats")
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(session_module, "_not_answered", set())
     monkeypatch.setattr(health_module, "DENIED_KEPT", 0.3)
     settings: dict[str, Any] = {
         "consumer_mode": mode,
@@ -160,6 +164,10 @@ def test_what_is_printed_is_enough(
             began = time.monotonic()
             assert "$JS.API.INFO" in str(desk.health_check()["unknown"])
             assert promptly(began)
+            desk.reconnect()
+            assert "$JS.API.INFO" in str(desk.health_check(fresh=True)["unknown"])
+            said = [one for one in caplog.records if "$JS.API.INFO" in one.getMessage()]
+            assert [one.levelname for one in said] == ["INFO"]
             if binary is None:  # a reload of 2.9's takes its streams away for a while
                 server.reload(dataclasses.replace(asking, name=run.name), *users[1:])
                 wait_until(lambda: not desk.health_check(fresh=True)["unknown"], 20, "all of it")
