@@ -328,17 +328,27 @@ class Bridge:
             await self._listen_to(f"$JS.ACK.{consumer.stream}.{consumer.durable}.>", session)
 
     async def _listen_to(self, subject: str, session: Session) -> None:
-        """Again and again where our user may not (any more): the session has said so."""
+        """Again and again where our user may not (any more)."""
         loop, heard = asyncio.get_running_loop(), list[Subscription]()
+        denials = 0
 
         def again(error: PermissionDeniedError) -> None:
+            nonlocal denials
             self._deaf = time.monotonic(), str(error)
+            if not denials:
+                logger.error("cannot hear which messages workers have: %s; trying on", error)
+            denials += 1
             loop.call_later(DENIED_PAUSE, lambda: loop.create_task(listen()))
 
         async def listen() -> None:
+            nonlocal denials
+            before = denials
             with contextlib.suppress(NotConnectedError):  # of a session that is over
                 await session.unsubscribe(heard.pop())
                 heard.append(await session.subscribe(subject, self._hear))
+                if await session.round_trip(STOP_TIMEOUT) and denials == before:
+                    denials = 0
+                    logger.info("hears again which messages workers have")
 
         session.on_denial(subject, again)
         heard.append(await session.subscribe(subject, self._hear))

@@ -63,7 +63,16 @@ _FILE = click.Path(exists=True, dir_okay=False)
     help="Print the least that each NATS user needs, as users of nats-server.conf; no server.",
 )
 @click.option(
-    "--role", "roles", type=click.Choice(ROLES), multiple=True, help="Of these users only."
+    "--role",
+    "roles",
+    type=click.Choice(ROLES),
+    multiple=True,
+    help="Of this user only; repeat it for two.",
+)
+@click.option(
+    "--with-status",
+    is_flag=True,
+    help="The run user may also ask for the status, as /status of a bridge does.",
 )
 @click.option("--nsc", is_flag=True, help="With --print-permissions: as commands of nsc.")
 @JSON
@@ -76,6 +85,7 @@ def provision(
     pair: bool,
     print_permissions: bool,
     roles: tuple[str, ...],
+    with_status: bool,
     nsc: bool,
     as_json: bool,
     **admin: Any,
@@ -88,14 +98,15 @@ def provision(
     Exit status: 0 when all is as it must be, or has been made so; 1 when that cannot be; with
     --check 3 when something is to be done.
     """
-    from .exceptions import CeleryJetStreamError, PermissionDeniedError
+    from .exceptions import CeleryJetStreamError, ConnectionRefusedByServer, PermissionDeniedError
 
-    if (roles or nsc) and not print_permissions:
-        raise click.UsageError("--role and --nsc go with --print-permissions")
+    if (roles or nsc or with_status) and not print_permissions:
+        raise click.UsageError("--role, --with-status and --nsc go with --print-permissions")
     jetstream = jetstream_of(ctx.obj.app)
     try:
         if print_permissions:
-            _print_permissions(jetstream, pair, roles, nsc, as_json, admin["inbox_prefix"])
+            asked = {"pair": pair, "status": with_status, "inbox": admin["inbox_prefix"]}
+            _print_permissions(jetstream, roles, nsc, as_json, asked)
             return
         dry_run = dry_run or check
         plan = jetstream.provision(dry_run=dry_run, pair=pair, **_connection(jetstream, admin))
@@ -103,6 +114,8 @@ def provision(
         text = str(error)
         if isinstance(error, PermissionDeniedError) and not any(admin.values()):
             text += f". {ADVICE}"
+        elif isinstance(error, ConnectionRefusedByServer):
+            text = _check_the_admins(text, admin)
         if as_json:
             echo_json({"error": text})
             sys.exit(1)
@@ -151,6 +164,19 @@ def _connection(jetstream: Any, admin: Mapping[str, Any]) -> dict[str, Any]:
     return {"nats_urls": urls, "nats_options": options}
 
 
+def _check_the_admins(refusal: str, admin: Mapping[str, Any]) -> str:
+    """A refusal tells to check the app's settings, which were not used here."""
+    words = {
+        "user": "--user and $JETSTREAM_ADMIN_PASSWORD",
+        "creds": "the file of --creds",
+        "nkey": "the file of --nkey",
+        "nats_url": "what --nats-url has",
+    }
+    given = " and ".join(text for name, text in words.items() if admin[name])
+    what, check, _ = refusal.partition("; check ")
+    return f"{what}{check}{given}" if check and given else refusal
+
+
 def _password(user: str) -> str:
     if (given := os.environ.get("JETSTREAM_ADMIN_PASSWORD")) is not None:
         return given
@@ -182,18 +208,13 @@ def _tls(admin: Mapping[str, Any]) -> Iterator[tuple[str, ssl.SSLContext]]:
 
 
 def _print_permissions(
-    jetstream: Any,
-    pair: bool,
-    wanted: tuple[str, ...],
-    nsc: bool,
-    as_json: bool,
-    inbox: str | None,
+    jetstream: Any, wanted: tuple[str, ...], nsc: bool, as_json: bool, asked: dict[str, Any]
 ) -> None:
     from .permissions import as_conf, as_nsc
     from .provisioning import roles
 
     config = jetstream.config
-    found = dict(zip(ROLES, roles(config, pair=pair, inbox=inbox), strict=True))
+    found = dict(zip(ROLES, roles(config, **asked), strict=True))
     chosen = {name: found[name] for name in wanted or ROLES}
     if as_json:
         echo_json(

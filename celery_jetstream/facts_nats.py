@@ -26,6 +26,7 @@ from .consumers import stream_spec
 from .exceptions import CeleryJetStreamError, NotConnectedError, PermissionDeniedError
 from .facts import Clock, Permission, ServerFacts, Unknown
 from .permissions import Role, by_role
+from .preflight import ELSEWHERE
 from .session import NoResponders, Session
 from .specs import ConsumerSpec
 
@@ -34,7 +35,7 @@ __all__ = ("look", "syncs")
 #: Seconds for one answer; a denial is known earlier.
 ANSWER = 2.0
 #: A sequence that no stream reaches, and a stream that nobody has.
-NEVER, NOWHERE = 2**62, "celery-jetstream-doctor"
+NEVER, NOWHERE = 2**62, ELSEWHERE["Nats-Expected-Stream"]
 
 
 async def look(
@@ -195,7 +196,7 @@ def _harmless(subject: str) -> tuple[str, bytes, dict[str, str] | None]:
     if subject.startswith("$JS.ACK."):
         return subject.replace(">", f"1.{NEVER}.{NEVER}.0.0"), b"+WPI", None
     if not subject.startswith("$JS.API."):
-        return subject, b"", {"Nats-Expected-Stream": NOWHERE}
+        return subject, b"", ELSEWHERE
     operation = subject.removeprefix("$JS.API.")
     request = next((body for verb, body in _REFUSED.items() if operation.startswith(verb)), None)
     return subject, json.dumps(request).encode() if request else b"", None

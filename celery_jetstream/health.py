@@ -42,6 +42,8 @@ __all__ = ("Health", "Part")
 PATIENCE = 5.0
 #: Seconds after which it is looked again where something was wrong: it may be mended by now.
 HASTE = 2.0
+#: Seconds for which what our user may not ask is not asked again: it may be allowed by now.
+DENIED_KEPT = 60.0
 #: Seconds that such a look is waited for, since what it was is known.
 BRIEF = 0.3
 
@@ -64,7 +66,7 @@ class Health:
         self._jetstream = jetstream
         self._nats = _Look(self._begin_nats)
         self._databases = _Look(self._begin_databases)
-        self._denied: tuple[Session | None, set[str]] = (None, set())
+        self._denied: tuple[Session | None, float, set[str]] = (None, 0.0, set())
 
     def now(self) -> dict[str, Any]:
         """What this process knows of itself: connection, parts that run, breaker, states.
@@ -170,15 +172,16 @@ class Health:
             session = await jetstream.connection.session(PATIENCE)
         except NotConnectedError:
             return _Seen(began, {}, None)  # the connection tells
-        if self._denied[0] is not session:
-            self._denied = session, set()
+        of, since, denied = self._denied
+        if of is not session or began - since > DENIED_KEPT:
+            denied = set()
+            self._denied = session, began, denied
         try:
             consumers = await asyncio.wait_for(jetstream.consumers_there(), PATIENCE / 2)
         except (NotConnectedError, asyncio.TimeoutError):
             consumers = consumer_specs(jetstream.config)
         names = [consumer.durable for consumer in consumers]
         left = began + PATIENCE - time.monotonic()
-        denied = self._denied[1]
         found = await status.look(session, jetstream.config, names, denied, max(0.1, left))
         return _Seen(began, found, session)
 

@@ -221,15 +221,14 @@ class _Looks:
                 self._lock.release()
         return self._cached | self._here()
 
-    def _look(self, cached: Found, collector: str, look: Callable[[], Found | None]) -> None:
-        found: Found | None = {}
-        up = True
+    def _look(self, cached: Found, collector: str, look: Callable[[Found], bool]) -> None:
+        found, is_one, up = Found(), True, True
         try:
-            found = look()
+            is_one = look(found)
         except Exception as error:
             up = False
             logger.debug("metrics of %s could not be found out: %s", collector, error)
-        if found is not None:
+        if is_one:
             cached["collector_up"][(collector,)] = float(up)
             cached.update(found)
 
@@ -246,43 +245,60 @@ class _Looks:
 
     # -- NATS --------------------------------------------------------------------------------------
 
-    def _ask_nats(self) -> Found:
-        connection = self._jetstream.connection
-        found: Found = connection.run(self._ask_jetstream, timeout=TIMEOUT)
-        return found
+    def _ask_nats(self, found: Found) -> bool:
+        self._jetstream.connection.run(self._ask_jetstream, found, timeout=TIMEOUT)
+        return True
 
-    async def _ask_jetstream(self) -> Found:
-        config, pending, unsettled = self._jetstream.config, Values(), Values()
+    async def _ask_jetstream(self, found: Found) -> None:
+        """Each is told as soon as it is known: what is denied takes nothing else away."""
+        config, failed = self._jetstream.config, list[NotConnectedError]()
         await self._jetstream.connection.session(TIMEOUT / 2)
+        pending, unsettled = Values(), Values()
         for consumer in await self._jetstream.consumers():
-            info = await self._ask(f"CONSUMER.INFO.{consumer.stream}.{consumer.durable}")
-            pending[(consumer.durable,)] = info["num_pending"]
-            unsettled[(consumer.durable,)] = info["num_ack_pending"]
-        found: Found = {
-            "consumer_pending_messages": pending,
-            "consumer_ack_pending_messages": unsettled,
-        }
+            operation = f"CONSUMER.INFO.{consumer.stream}.{consumer.durable}"
+            if info := await self._ask(operation, failed, optional=consumer.optional):
+                pending[(consumer.durable,)] = info["num_pending"]
+                unsettled[(consumer.durable,)] = info["num_ack_pending"]
+        found["consumer_pending_messages"] = pending
+        found["consumer_ack_pending_messages"] = unsettled
         if config.use_dlq:
             subject = config.dead_letter_subject
-            info = await self._ask(f"STREAM.INFO.{config.stream_name}", subjects_filter=subject)
-            stored = (info["state"].get("subjects") or {}).get(subject, 0)
-            found["dead_letters_stored"] = {(): stored}
-        return found
+            operation = f"STREAM.INFO.{config.stream_name}"
+            if info := await self._ask(operation, failed, subjects_filter=subject):
+                stored = (info["state"].get("subjects") or {}).get(subject, 0)
+                found["dead_letters_stored"] = {(): stored}
+        if failed:
+            raise failed[0]
 
-    async def _ask(self, operation: str, **request: Any) -> Mapping[str, Any]:
-        answer: Mapping[str, Any] = await self._jetstream._api(operation, request)
-        if "error" in answer:
-            raise NotConnectedError(f"JetStream answered {answer['error']}")
+    async def _ask(
+        self,
+        operation: str,
+        failed: list[NotConnectedError],
+        *,
+        optional: bool = False,
+        **request: Any,
+    ) -> Mapping[str, Any]:
+        """The answer; empty where there is none, which ``failed`` tells but of the optional."""
+        try:
+            answer: Mapping[str, Any] = await self._jetstream._api(operation, request)
+        except NotConnectedError as error:
+            failed.append(error)
+            return {}
+        if refusal := answer.get("error"):
+            if not (optional and refusal.get("code") == 404):
+                failed.append(NotConnectedError(f"JetStream answered {refusal}"))
+            return {}
         return answer
 
     # -- the outbox --------------------------------------------------------------------------------
 
-    def _ask_outbox(self) -> Found | None:
-        """None where there is no outbox: the database may be the inbox's alone."""
+    def _ask_outbox(self, found: Found) -> bool:
+        """False where there is no outbox: the database may be the inbox's alone."""
         if self._looking is None or self._looking.done():
             self._looking = in_native_thread(self._read_outbox)
         state = wait(self._looking, TIMEOUT)
-        return state or None
+        found.update(state)
+        return bool(state)
 
     def _read_outbox(self) -> Found:
         from .outbox_status import table_state

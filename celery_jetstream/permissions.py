@@ -100,12 +100,13 @@ class Role:
 # ── who needs what ───────────────────────────────────────────────────────────
 
 
-def run_time(config: Config, consumers: Sequence[ConsumerSpec]) -> Role:
+def run_time(config: Config, consumers: Sequence[ConsumerSpec], *, status: bool = False) -> Role:
     """The user of the app's own processes: workers, bridges, beat, web servers.
 
     Args:
         config: the settings.
         consumers: those that the app takes its messages from.
+        status: it may also ask what health tells of JetStream.
     """
     needs = [
         _answers(config),
@@ -134,6 +135,11 @@ def run_time(config: Config, consumers: Sequence[ConsumerSpec]) -> Role:
             subscribe=tuple(f"{advisories}.{one.stream}.{one.durable}" for one in consumers),
         )
     )
+    if config.metrics:
+        seen = _seen(config, consumers)[0 if config.use_dlq else 1 :]
+        needs.append(Need("metrics", "/metrics: what waits for the app, and dead letters", seen))
+    if status:
+        needs.append(_status(config, consumers, "/status of a bridge, relay or direct worker"))
     if config.auto_provision:
         needs.append(_provisioning([config], consumers))
     return Role(config.app_name, "the app: workers, bridges, beat, web servers", tuple(needs))
@@ -157,14 +163,9 @@ def admin(
 def operator(config: Config, consumers: Sequence[ConsumerSpec]) -> Role:
     """The user of those who look after the app: status, and dead letters."""
     stream = config.stream_name
-    looking = (
-        "$JS.API.INFO",
-        f"$JS.API.STREAM.INFO.{stream}",
-        *(f"$JS.API.CONSUMER.INFO.{stream}.{consumer.durable}" for consumer in consumers),
-    )
     needs = (
         _answers(config),
-        Need("status", "jetstream status, and jetstream doctor --role operator", looking),
+        _status(config, consumers, "jetstream status, and jetstream doctor --role operator"),
         Need(
             "reading",
             "jetstream dlq: list, show, export, count",
@@ -203,6 +204,17 @@ def to_allow(subject: str, inbox: str = "") -> str:
 def _answers(config: Config, inbox: str | None = None) -> Need:
     prefix = inbox or config.nats_options.get("inbox_prefix") or _INBOX
     return Need("answers", "all that is asked or confirmed", subscribe=(f"{prefix}.>",))
+
+
+def _seen(config: Config, consumers: Sequence[ConsumerSpec]) -> tuple[str, ...]:
+    """How to ask what there is in the stream, and at each consumer."""
+    stream = config.stream_name
+    each = (f"$JS.API.CONSUMER.INFO.{stream}.{consumer.durable}" for consumer in consumers)
+    return (f"$JS.API.STREAM.INFO.{stream}", *each)
+
+
+def _status(config: Config, consumers: Sequence[ConsumerSpec], why: str) -> Need:
+    return Need("status", why, ("$JS.API.INFO", *_seen(config, consumers)))
 
 
 def _published(config: Config) -> tuple[str, ...]:

@@ -2,7 +2,8 @@
 
 A server says nothing of a user's permissions until it denies something. So each is tried in a way
 that changes nothing: JetStream does not heed a request that asks for no answer, nor a word about a
-delivery that there is not. What events and dead letters are published to is not tried.
+delivery that there is not, and stores nothing that is for a stream of another name. What events are
+published to is not tried.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from .exceptions import ConfigurationError, NotConnectedError, PermissionDeniedE
 from .session import Session
 from .specs import ConsumerSpec
 
-__all__ = ("check_permissions",)
+__all__ = ("ELSEWHERE", "check_permissions")
 
 #: Seconds for the server to have taken in all of it.
 TIMEOUT = 10.0
+#: With these headers JetStream stores nothing: it has no stream of that name.
+ELSEWHERE = {"Nats-Expected-Stream": "celery-jetstream-nowhere"}
 
 
 async def check_permissions(
@@ -55,6 +58,11 @@ async def check_permissions(
     for subject, body, why in _harmless(config, consumers):
         on_denial(subject, why)
         await session.publish(subject, body)
+    if config.use_dlq:
+        on_denial(
+            config.dead_letter_subject, "else no dead letter can be kept, and handlers run on"
+        )
+        await session.publish(config.dead_letter_subject, b"", ELSEWHERE)
     if not await session.round_trip(TIMEOUT):
         raise NotConnectedError("the NATS server did not answer in time")
     for subscription in heard:

@@ -146,7 +146,9 @@ def peers(config: Config) -> list[Config]:
     return [dataclasses.replace(config, app_name=other, **own) for other in others]
 
 
-def roles(config: Config, *, pair: bool = False, inbox: str | None = None) -> tuple[Role, ...]:
+def roles(
+    config: Config, *, pair: bool = False, inbox: str | None = None, status: bool = False
+) -> tuple[Role, ...]:
     """The NATS users of an app: its own, the admin's and the operator's. Asks no server.
 
     Where several sources may share a consumer or not, which only a server can tell, both go.
@@ -155,12 +157,13 @@ def roles(config: Config, *, pair: bool = False, inbox: str | None = None) -> tu
         config: the settings.
         pair: the admin provisions both ends, and the peers' users are named as well.
         inbox: the admin's inbox prefix; None for the app's.
+        status: the app's own may also ask what health tells of JetStream.
     """
     ours = _all_specs(config)
     others = peers(config) if pair else []
     theirs = [spec for one in others for spec in (peer_spec(one), peer_spec(one, apart=True))]
     admins = admin([config, *others], [*ours, *theirs], inbox)
-    return run_time(config, ours), admins, operator(config, ours)
+    return run_time(config, ours, status=status), admins, operator(config, ours)
 
 
 def _all_specs(config: Config) -> tuple[ConsumerSpec, ...]:

@@ -242,7 +242,8 @@ class Pull:
         self._heard = time.monotonic()
         if message.reply.startswith("$JS.ACK"):
             self._asked -= 1
-            self._answered_empty = self._trouble = 0
+            self._answered_empty = 0
+            self._goes()
             self._optional = False  # it is there, so its absence is an election
             self._on_message(message)
         else:
@@ -255,7 +256,7 @@ class Pull:
         status, text = headers.get("Status", ""), headers.get("Description", "")
         if status == "100":
             self._answered_empty += 1
-            self._trouble = 0
+            self._goes()
             self._optional = False
             return
         if reply not in self._requests:
@@ -324,6 +325,11 @@ class Pull:
         await asyncio.sleep(min(most, least * 2 ** min(self._trouble, 8)) * random.uniform(0.5, 1))
         self._trouble += 1
         self._refusal = False
+
+    def _goes(self) -> None:
+        if self._trouble and self._said:
+            logger.info("pulling from %s works again", self._name)
+        self._trouble, self._said = 0, ""
 
     def _say(self, what: str) -> None:
         """Once, until something has come again."""

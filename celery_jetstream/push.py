@@ -72,6 +72,7 @@ class Push:
         self._subscription: Subscription | None = None
         self._heard = 0.0
         self._idle = False
+        self._said = False
         self._stopping = False
 
     def more(self, *, soon: bool = False) -> None:
@@ -140,11 +141,17 @@ class Push:
             await session.unsubscribe(subscription, timeout)
 
     def _on_denial(self, error: PermissionDeniedError) -> None:
-        self.denied = error  # the session has logged it
+        if not self._said:
+            self._said = True
+            logger.warning("cannot receive from %s: %s; trying on", self._subject, error)
+        self.denied = error
         self._wake.set()
 
     def _receive(self, message: Msg) -> None:
         self._heard = time.monotonic()
+        if self._said:
+            self._said = False
+            logger.info("receiving from %s works again", self._subject)
         if message.reply.startswith("$JS.ACK"):
             self._idle = False
             self._on_message(message)

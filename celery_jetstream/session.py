@@ -50,6 +50,8 @@ STUCK_LOOKS = 5
 FULL = 256 * 1024
 #: Permissions that are said to be missing, on one session.
 MOST_TOLD = 100
+#: What was said of JetStream's API: a process that may not ask may not on its next session either.
+_not_answered: set[str] = set()
 
 #: What the server says of what our user may not do. It names the subject; nats-py hands that on in
 #: small letters, to its error callback and to nobody else.
@@ -325,7 +327,8 @@ class Session:
     def on_denial(self, subject: str, told: OnDenial) -> None:
         """Has ``told`` called when our user may not publish or subscribe to exactly this.
 
-        For what is sent without asking for an answer. Logged it is in any case, once.
+        For what is sent without asking for an answer. Whoever is told says so: it is not logged
+        here.
         """
         self._denials[subject.lower()] = subject, told
 
@@ -395,15 +398,21 @@ class Session:
             error = PermissionDeniedError("publish to", to_allow(subject or known or lowered))
             if on_answer is not None:
                 on_answer(token, error)
+            asked = on_answer is not None and lowered.startswith("$js.api.")
         else:
             heard = {s.subject.lower(): s.subject for s in self.client._subs.values()}
             inbox = self._prefix.rsplit(".", 2)[0]
             subject = to_allow(known or heard.get(lowered, lowered), inbox)
             error = PermissionDeniedError("subscribe to", subject)
-        if told is None or told != self._on_deaf:  # that ends the session, which says why
-            self._tell_denied(f"{verb} {error.subject}", error)
+            asked = False
+            if told is None and subject == f"{inbox}.>":
+                told = self._on_deaf  # another inbox: who may not hear one may hear none
         if told is not None:
             told(error)
+        elif asked:
+            self._tell_not_answered(error)
+        else:
+            self._tell_denied(f"{verb} {error.subject}", error)
 
     def _waits_for(self, lowered: str) -> tuple[str, str, OnAnswer | None]:
         """Takes out what waits longest for an answer from this subject, if anything."""
@@ -418,6 +427,12 @@ class Session:
         if what not in self._told and len(self._told) < MOST_TOLD:
             self._told.add(what)
             logger.error("NATS denied an operation: %s", error)
+
+    def _tell_not_answered(self, error: PermissionDeniedError) -> None:
+        """Who asked says what follows from it, and many can do without: once for a process."""
+        if error.subject not in _not_answered and len(_not_answered) < MOST_TOLD:
+            _not_answered.add(error.subject)
+            logger.info("NATS denied a question: %s", error)
 
     async def _on_lost(self) -> None:
         self.lost.set()
@@ -585,6 +600,9 @@ class Client(nats.aio.client.Client):
 
     def tune_socket(self) -> None:
         """Lets the kernel notice a hung peer, also while data is unsent."""
+        if self._socket_info("ssl_object") is not None:  # or asyncio logs a warning at the end
+            transport: Any = self._transport
+            transport._io_writer.transport.get_protocol()._over_ssl = True
         sock = self._socket_info("socket")
         if sock is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

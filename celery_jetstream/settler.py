@@ -20,7 +20,7 @@ from .config import Config
 from .connection import Connection
 from .deadletter import Original
 from .delivery import Delivery
-from .exceptions import NotConnectedError, PublishError
+from .exceptions import NotConnectedError, PermissionDeniedError, PublishError
 from .publisher import Message, Publisher
 from .settlement import Ack, DeadLetter, Nak, Settlement
 
@@ -165,10 +165,14 @@ class Settler:
             return
         body, headers = built
         message = Message(headers["Nats-Msg-Id"], self._config.dead_letter_subject, body, headers)
-        timeout = max(2.0, self._config.ack_wait / 2)
-        (result,) = await self._publisher.send([message], timeout)
+        ends = time.monotonic() + max(2.0, self._config.ack_wait / 2)
+        session = await self._connection.session(ends - time.monotonic())
+        session.on_denial(message.subject, _ignore)  # _again says it
+        (result,) = await self._publisher.send([message], ends - time.monotonic())
         result.raise_for_error()
         self._acks.term(delivery.reply)
+        if self.not_kept:
+            logger.info("dead letters can be published again")
         self._not_kept = None
         logger.error(
             "message %s is a dead letter (%s): %s: %s",
@@ -183,10 +187,14 @@ class Settler:
         )
 
     def _again(self, delivery: Delivery, end: DeadLetter, error: str, handler: str) -> None:
+        """The longest delay there is: the handler, which has given it up, may run again."""
+        level = logging.DEBUG if self.not_kept else logging.ERROR
         self._not_kept = time.monotonic(), error
-        delay = self._config.backoff[min(delivery.num_delivered, len(self._config.backoff)) - 1]
-        logger.error(
-            "dead letter of %s (%s) could not be published (%s); it comes again in %g s",
+        delay = max(self._config.backoff)
+        logger.log(
+            level,
+            "dead letter of %s (%s) could not be published (%s); it comes again in %g s, and so "
+            "does each that follows",
             delivery.task_id,
             end.reason,
             error,
@@ -205,6 +213,10 @@ class Settler:
             extra=_fields(delivery, end, handler),
         )
         self._acks.term(delivery.reply)
+
+
+def _ignore(_: PermissionDeniedError) -> None:
+    """The publish has the same error."""
 
 
 def _fields(

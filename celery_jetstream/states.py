@@ -85,7 +85,10 @@ CODES: dict[str, Code] = {
     ),
     "bridge_hangs": Code(UNHEALTHY, "start the bridge again, and tell us", False, False),
     "not_pulling": Code(
-        UNHEALTHY, "see the other states and its log; it goes on trying by itself", False
+        UNHEALTHY,
+        "have what NATS denies it allowed (provision --print-permissions), see the other states "
+        "and its log; it goes on trying by itself",
+        False,
     ),
     "broker_away": Code(
         UNHEALTHY, "start the Celery broker; messages wait in the bridge until then", False
@@ -127,7 +130,9 @@ CODES: dict[str, Code] = {
         DEGRADED, "let workers settle what they have, add workers, or raise max_ack_pending"
     ),
     "nobody_pulls": Code(
-        DEGRADED, "start a bridge (celery -A … jetstream bridge), or a direct worker"
+        DEGRADED,
+        "start a bridge (celery -A … jetstream bridge), or a direct worker; or see the log and "
+        "/readyz of the one that runs",
     ),
     "stream_nearly_full": Code(
         DEGRADED, "handle or purge what is stored, or raise the stream's limits"

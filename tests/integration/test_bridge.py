@@ -515,11 +515,14 @@ def test_a_dead_letter_that_cannot_be_stored_loses_nothing(make_stack: MakeStack
     stack.worker()
     bridge = stack.bridge()
     stack.publish("unheard")
-    bridge.wait_for("could not be published", times=2, timeout=40)
+    consumer = f"CONSUMER.INFO.{stream}.{app_name}-workers"
+    wait_until(lambda: stack.api(consumer)["delivered"]["consumer_seq"] > 2, 40, "it to come again")
+    bridge.wait_for("could not be published")
     assert stack.left() == 1
     stack.api(f"STREAM.UPDATE.{stream}", config)
     wait_until(lambda: stack.dead_count() == 1, 40, "the dead letter")
     stack.wait_settled()
+    bridge.wait_for("dead letters can be published again")
 
 
 def test_a_body_larger_than_any_event_becomes_a_packed_dead_letter(make_stack: MakeStack) -> None:

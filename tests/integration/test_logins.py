@@ -91,7 +91,10 @@ def test_a_creds_file_with_the_permissions_that_are_printed(
 
 
 def test_tls_with_certificates_on_both_sides(
-    run_errand: Callable[..., JetStream], names: Names, tmp_path: Path
+    run_errand: Callable[..., JetStream],
+    names: Names,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """``verify_and_map``: the certificate's name is the user's."""
     need("nats")
@@ -115,7 +118,8 @@ def test_tls_with_certificates_on_both_sides(
 
     with NatsServer(config=config) as server:
         url = server.url.replace("nats://", "tls://")
-        run_errand(url, {"tls": trusting("shop@example.org")})
+        run_errand(url, {"tls": trusting("shop@example.org")}).close()
+        assert "eof_received" not in caplog.text
         # without one the server hangs up, and its reason is not always heard
         tried = {NotConnectedError: trusting(), ConnectionRefusedByServer: trusting("x@y.org")}
         for error, context in tried.items():

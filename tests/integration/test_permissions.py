@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import signal
 import threading
 import time
@@ -17,11 +18,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from celery_jetstream import JetStream
+from celery_jetstream import JetStream, meters, metrics
 from celery_jetstream import bridge as bridge_module
 from celery_jetstream import connection as connection_module
+from celery_jetstream import health as health_module
 from celery_jetstream import pull as pull_module
 from celery_jetstream import push as push_module
+from celery_jetstream import session as session_module
 from celery_jetstream.bridge import Bridge
 from celery_jetstream.capabilities import Feature
 from celery_jetstream.cli import jetstream as command
@@ -60,6 +63,12 @@ class Guarded(NatsServer):
         self.users = users
         config = f"authorization {{ users: [\n{ROOT}\n{as_conf(users)}\n] }}"
         super().__init__(config=config, binary=binary, **options)
+
+    def reload(self, *users: Role) -> None:
+        """These may what they may now; nothing is restarted."""
+        body = f"authorization {{ users: [\n{ROOT}\n{as_conf(users)}\n] }}"
+        (self.directory / "nats-server.conf").write_text(body)
+        os.kill(self.pid, signal.SIGHUP)
 
     def environment(self) -> Mapping[str, str]:
         names = (line.split("$")[1] for line in self.config.splitlines() if "password: $" in line)
@@ -181,16 +190,28 @@ def obj_of(app: Any) -> Any:
 @pytest.mark.parametrize("binary", [None, OLD_NATS_SERVER], ids=["new", "old"])
 @pytest.mark.parametrize("mode", ["pull", "push"])
 def test_what_is_printed_is_enough(
-    names: Names, sqlite: Database, mode: str, binary: str | None
+    names: Names,
+    sqlite: Database,
+    mode: str,
+    binary: str | None,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     need("old-nats" if binary else "nats")
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(session_module, "_not_answered", set())
+    monkeypatch.setattr(health_module, "DENIED_KEPT", 0.3)
     settings: dict[str, Any] = {
         "consumer_mode": mode,
         "sources": [names.destination_app, f"third-{names.app_name}"],
+        "metrics": True,
     }
     config = config_of(names, **settings)
     run, admin, operator = roles(config)
-    with Guarded(run, admin, operator, hub_role(names), binary=binary) as server:
+    asking = dataclasses.replace(roles(config, status=True)[0], name="asking")
+    half = without(run, f"$JS.API.STREAM.INFO.{names.stream_name}", "half")
+    users = (run, admin, operator, hub_role(names), asking, half)
+    with Guarded(*users, binary=binary) as server:
         errand = Errand(
             server.url_of(run.name),
             names,
@@ -213,12 +234,33 @@ def test_what_is_printed_is_enough(
             report = errand.make(nats_urls=server.url_of(operator.name)).health_check()
             assert report["problems"] == []
             assert report["unknown"] == []
+            assert errand.make(nats_urls=server.url_of("asking")).health_check()["unknown"] == []
+            lag, letters = "consumer_pending_messages{", "dead_letters_stored "
+            text = looked_up(desk)
+            assert (lag in text, letters in text, 'up{collector="nats"} 1' in text) == (True,) * 3
             assert "iolation" not in server.log.read_text()
+            text = looked_up(errand.make(nats_urls=server.url_of("half")))
+            assert (lag in text, letters in text, 'up{collector="nats"} 0' in text) == (
+                *(True, False, True),
+            )
             began = time.monotonic()
             assert "$JS.API.INFO" in str(desk.health_check()["unknown"])
             assert promptly(began)
+            desk.reconnect()
+            assert "$JS.API.INFO" in str(desk.health_check(fresh=True)["unknown"])
+            said = [one for one in caplog.records if "$JS.API.INFO" in one.getMessage()]
+            assert [one.levelname for one in said] == ["INFO"]
+            if binary is None:  # a reload of 2.9's takes its streams away for a while
+                server.reload(dataclasses.replace(asking, name=run.name), *users[1:])
+                wait_until(lambda: not desk.health_check(fresh=True)["unknown"], 20, "all of it")
         finally:
             errand.close()
+            meters.stop()
+
+
+def looked_up(jetstream: JetStream) -> str:
+    """What an endpoint of metrics answers."""
+    return metrics.exposition(jetstream)[1].decode()
 
 
 @pytest.fixture
@@ -400,6 +442,7 @@ def test_messages_that_may_not_be_taken_or_settled(
     publish = {
         f"$JS.ACK.{consumer}.>": "no message can be settled",
         f"$JS.API.STREAM.MSG.GET.{stream}": "dead letter",
+        f"{missed.names.app_name}.sync.dlq": "no dead letter can be kept",
     }
     if missed.mode == "pull":
         publish[f"$JS.API.CONSUMER.MSG.NEXT.{consumer}"] = "no message can be taken"
@@ -431,10 +474,13 @@ def test_a_dead_letter_that_may_not_be_kept_comes_again(
     name = f"{missed.names.stream_name}.{missed.names.app_name}-workers"
     delivery = Delivery.from_reply(f"$JS.ACK.{name}.1.7.7.0.0")
     end = DeadLetter("rejected", "", "")
-    jetstream.settler.settle(delivery, end, Original("a.b", b"{}", {}))
-    wait_until(lambda: "could not be published" in caplog.text, 5, "it to be said")
-    assert f"may not publish to {subject}" in caplog.text
-    assert "it comes again" in caplog.text
+    for _ in range(2):
+        jetstream.settler.settle(delivery, end, Original("a.b", b"{}", {}))
+    wait_until(lambda: not jetstream.settler._burials, 5, "both to be tried")
+    (said,) = (line for line in caplog.messages if "may not publish" in line)
+    assert said.startswith("dead letter of ")
+    assert f"may not publish to {subject}: have that allowed" in said
+    assert "it comes again in 60 s, and so does each that follows" in said
     assert "Traceback" not in caplog.text
     assert "dead_letter_waits" in [s["code"] for s in jetstream.health_check()["states"]]
 
@@ -552,12 +598,6 @@ def test_what_is_taken_away_while_it_runs_and_given_back(
         errand.make().provision()
         worker = errand.make()
 
-        def reload(*users: Role) -> None:
-            config = server.config.split("\n")[1]
-            body = f"authorization {{ users: [\n{config}\n{as_conf(users)}\n] }}"
-            (server.directory / "nats-server.conf").write_text(body)
-            os.kill(server.pid, signal.SIGHUP)
-
         bridge = Bridge(errand.desk)
         thread = threading.Thread(target=bridge.run, daemon=True)
         thread.start()
@@ -565,7 +605,8 @@ def test_what_is_taken_away_while_it_runs_and_given_back(
             for missing in ((take.subscribe or take.publish)[0], *run.subscribe[-2:-1], "_INBOX.>"):
                 wait_until(lambda: working(bridge), 20, "messages to be taken")
                 caplog.clear()
-                reload(without(run, missing, run.name), admin)
+                caplog.set_level(logging.INFO, "celery_jetstream")
+                server.reload(without(run, missing, run.name), admin)
                 many = 200 if "MSG.NEXT" in missing else 0  # what is asked for comes first
                 assert all(errand.hub.publish_batch([PARCEL] * many))
                 errand._settle(worker, many, [])
@@ -574,7 +615,7 @@ def test_what_is_taken_away_while_it_runs_and_given_back(
                 deaf = claims_heard(bridge) if missing.startswith("$JS.ACK") else set()
                 if deaf:
                     assert said in str(bridge.tell()["trouble"])
-                reload(run, admin)
+                server.reload(run, admin)
                 if deaf:
                     wait_until(lambda deaf=deaf: claims_heard(bridge) != deaf, 20, "ears")
                 # while it reloads, a server may refuse who has done nothing
@@ -582,6 +623,9 @@ def test_what_is_taken_away_while_it_runs_and_given_back(
                 wait_until(lambda: not bridge.tell()["trouble"], 20, "health to be well again")
                 errand._settle(worker, 1, [])
                 wait_until(lambda: not bridge._flights.replies, 20, "the worker to be heard")
+                begins = [line for line in caplog.messages if said in line]
+                ends = [line for line in caplog.messages if re.search(r"\bagain\b|is back", line)]
+                assert (len(begins), len(ends)) == (1, 1), caplog.messages
         finally:
             bridge.stop()
             thread.join(10)

@@ -225,6 +225,7 @@ def test_an_admin_has_credentials_of_its_own(
     said += [run(desk, JETSTREAM_ADMIN_NATS_URL=url), run(desk, "--check", "--nats-url", url)]
     said += [run(desk, "--user", "admin", status=1, JETSTREAM_ADMIN_PASSWORD=f"{SECRET}-not")]
     assert "refused the credentials" in said[-1].output
+    assert "; check --user and $JETSTREAM_ADMIN_PASSWORD\n" in said[-1].output
     said += [run(desk, "--user", "admin", status=2)]
     assert "JETSTREAM_ADMIN_PASSWORD" in said[-1].output
     (tmp_path / "file").write_text("x")
@@ -249,6 +250,9 @@ def test_permissions_are_printed_without_a_server(
         for end in ("", "-admin", "-operator")
         for name in [f"{names.app_name}{end}".upper().replace("-", "_")]
     ]
+    assert "# status: " not in run(desk, "--print-permissions", "--role", "run").output
+    asking = run(desk, "--print-permissions", "--role", "run", "--with-status").output
+    assert "# status: " in asking
     found = json.loads(run(desk, "--print-permissions", "--json", "--role", "run").output)
     assert found["users"].keys() == {"run"}
     assert found["consumer_mode"] == "pull"

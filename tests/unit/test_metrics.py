@@ -297,10 +297,11 @@ def test_a_scrape_waits_for_no_other_ones_look(monkeypatch: pytest.MonkeyPatch) 
     )
     looks, asked, released = metrics._Looks(here), threading.Event(), threading.Event()
 
-    def ask() -> Any:
+    def ask(found: dict[str, Any]) -> bool:
         asked.set()
         released.wait(10)
-        return {"dead_letters_stored": {(): 7.0}}
+        found["dead_letters_stored"] = {(): 7.0}
+        return True
 
     monkeypatch.setattr(looks, "_ask_nats", ask)
     first = threading.Thread(target=looks.found)

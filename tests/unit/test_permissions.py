@@ -40,6 +40,18 @@ def test_pull_mode() -> None:
     assert (run().publish, run().subscribe) == (PULLS, HEARS)
 
 
+def test_metrics_and_status_have_jobs_of_their_own() -> None:
+    """Each no more than it asks: metrics nothing of the server."""
+    consumer, stream = "$JS.API.CONSUMER.INFO.S.shop-workers", "$JS.API.STREAM.INFO.S"
+    assert run(metrics=True).publish == (*PULLS, stream, consumer)
+    no_letters = {"use_dlq": False, "no_dlq_action": "log_and_term"}
+    assert run(metrics=True, **no_letters).publish == (*PULLS[:3], consumer)
+    asking = roles(config(), status=True)[0]
+    assert asking.publish == (*PULLS, "$JS.API.INFO", stream, consumer)
+    assert [need.name for need in run(metrics=True).needs][-1] == "metrics"
+    assert [need.name for need in asking.needs][-1] == "status"
+
+
 def test_push_mode_hears_as_one_of_a_group_and_asks_for_nothing() -> None:
     role = run(consumer_mode="push")
     assert set(role.publish) ^ set(PULLS) == {PULLS[1], "$JS.FC.S.shop-workers.>"}
