@@ -600,9 +600,6 @@ class Client(nats.aio.client.Client):
 
     def tune_socket(self) -> None:
         """Lets the kernel notice a hung peer, also while data is unsent."""
-        if self._socket_info("ssl_object") is not None:  # or asyncio logs a warning at the end
-            transport: Any = self._transport
-            transport._io_writer.transport.get_protocol()._over_ssl = True
         sock = self._socket_info("socket")
         if sock is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
