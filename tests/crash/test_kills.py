@@ -55,7 +55,8 @@ def test_pool_child(make_stack: Any, rounds: int, direct: bool) -> None:
         handled_once(stack, events)
 
 
-@in_both_modes_soak
+@pytest.mark.soak
+@in_both_modes
 def test_worker(make_stack: Any, rounds: int, direct: bool) -> None:
     """What it had claimed comes after ack_wait; the bridge dispatches again what it only held."""
     stack = make_stack(direct=direct, **faults.SETTINGS)
@@ -77,6 +78,7 @@ def test_worker(make_stack: Any, rounds: int, direct: bool) -> None:
         assert doubles <= 50, "more than four children return in the 50 ms of gathered settlements"
 
 
+@pytest.mark.soak
 def test_bridge(make_stack: Any, rounds: int) -> None:
     """The copies in the broker go on; what it had not dispatched comes to the next bridge."""
     stack = make_stack(**faults.SETTINGS)

@@ -243,9 +243,8 @@ def stop(processes: Sequence[Program | CeleryProcess]) -> None:
 # -- Celery's processes killed ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "own_database", ["postgresql", pytest.param("sqlite", marks=pytest.mark.soak)], indirect=True
-)
+@pytest.mark.soak
+@pytest.mark.parametrize("own_database", ["postgresql", "sqlite"], indirect=True)
 def test_celery_processes_are_killed(
     own_database: Database,
     make_shop: MakeShop,

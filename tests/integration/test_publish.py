@@ -393,7 +393,8 @@ def test_a_publish_does_not_wait_for_an_api_that_answers_nobody(
         session = connection.run(connection.session)
 
         def elect() -> None:
-            wait_until(lambda: session._told, 10, "the stream's configuration to be asked for")
+            denied = "the stream's configuration to be asked for"
+            wait_until(lambda: "violation" in str(session.error).lower(), 10, denied)
             admin.jetstream.provision()
 
         thread = threading.Thread(target=elect)
