@@ -32,10 +32,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from . import signals
+from .client import Client, clients
 from .config import Config
 from .exceptions import ConnectionRefusedByServer, NotConnectedError
 from .rotation import Rotation, Server
-from .session import Client, Session, clients
+from .session import Session
 from .threads import NativeEvent, in_native_thread, start_native_thread, wait
 
 __all__ = ("Connection",)

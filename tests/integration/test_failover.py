@@ -65,7 +65,7 @@ def test_bytes_that_a_hung_server_does_not_take_tell_of_it(
     size: int,
 ) -> None:
     """Neither pings nor the kernel's timeout: those take longer."""
-    monkeypatch.setattr("celery_jetstream.session.TCP_USER_TIMEOUT_MS", 120_000)
+    monkeypatch.setattr("celery_jetstream.client.TCP_USER_TIMEOUT_MS", 120_000)
     connection = connect_to(own_server.url, nats_options=NO_PINGS)
     hung = session_of(connection)
     own_server.pause()
